@@ -1,0 +1,17 @@
+"""ResNets whose blocks run as a few fused GPU kernels, with torchvision's names, parameters and numbers."""
+
+from typing import Any
+
+from . import models, ops
+from ._registry import BackendUnavailable, backend, set_backend
+from ._version import __version__
+from .explain import explain
+from .models import *  # noqa: F403
+
+__all__ = ["BackendUnavailable", "__version__", "backend", "explain", "models", "ops", "set_backend", *models.__all__]
+
+
+def __getattr__(name: str) -> Any:
+    if name.endswith("_Weights"):
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,69 @@
+"""The options and the output of `resnet-fused bench`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .engine import DTYPES, VARIANTS, run
+from .report import write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `resnet-fused bench`."""
+    parser.add_argument("--model", default="resnet50", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="images a forward pass; default: 8 on the CPU, 128 on a GPU")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on the CPU, float16 on a GPU")
+    parser.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: a GPU where there is one')
+    parser.add_argument(
+        "--variants", help=f"comma-separated, out of: {', '.join(VARIANTS)}; default: all that are there"
+    )
+    parser.add_argument("--baseline", help="the variant that ratios are taken against; default: the first")
+    parser.add_argument("--rounds", type=int, default=10, help="every round times each variant; default: %(default)s")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width; default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples and their conditions there too")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `resnet-fused bench`; 0, 1 where a variant was refused or failed, 2 for a usage error."""
+    try:
+        if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
+            raise ValueError(f"--json: can't write into the folder of {args.json}")
+        report = run(
+            args.model,
+            args.batch,
+            args.dtype,
+            args.device,
+            args.variants and args.variants.split(","),
+            baseline=args.baseline,
+            rounds=args.rounds,
+            image_size=args.image_size,
+            track=progress,
+        )
+        print(report.table())
+        if args.json:
+            write_json(args.json, report.to_dict())
+    except (ValueError, ImportError, OSError) as error:
+        print(f"resnet-fused bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if report.ok else 1
+
+
+def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """The items, with a bar on standard error, or a line for each where tqdm or a terminal is missing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        for i, item in enumerate(items, 1):
+            print(f"{label} {item} ({i}/{len(items)})", file=sys.stderr, flush=True)
+            yield item
+        return
+    with tqdm(total=len(items), file=sys.stderr, leave=False) as bar:
+        for item in items:
+            bar.set_description(f"{label} {item}")
+            yield item
+            bar.update()

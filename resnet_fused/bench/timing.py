@@ -1,0 +1,66 @@
+"""Interleaved timing: what slows a machine down for a while slows every variant down."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop: (items, label) -> items
+
+
+def silent(items: Sequence[Any], label: str) -> Iterable[Any]:
+    return items
+
+
+def time_rounds(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    min_sample_ms: float = 100.0,
+    track: Track = silent,
+) -> dict[str, list[float]]:
+    """Milliseconds a call, one sample a round; a round runs every call, and each round starts with another one.
+
+    A call shorter than `min_sample_ms` is repeated within its sample. The calls must have run before.
+    """
+    names = list(calls)
+    repeats = {name: math.ceil(min_sample_ms / max(_sample_ms(calls[name], 2, device), 1e-3)) for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in track(range(rounds), "timing round") if names else ():
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_sample_ms(calls[name], repeats[name], device))
+    return samples
+
+
+def paired_ratios(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> list[float]:
+    """Speed against the baseline, round by round, so that what slows a whole round cancels; empty without either."""
+    return [b / s for b, s in zip(baseline_ms, samples_ms, strict=True)] if baseline_ms and samples_ms else []
+
+
+def _sample_ms(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) * 1e3 / repeats
+
+
+def peak_mib(call: Callable[[], object], held: int, device: torch.device) -> float | None:
+    """Peak of PyTorch's allocator beyond what was held before the model was built; CPU memory has no such counter."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - held) / 2**20

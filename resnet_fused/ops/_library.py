@@ -1,0 +1,17 @@
+"""The operator library `resnet_fused`: one definition, served by the same function on CUDA and on the CPU."""
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("resnet_fused", "DEF")
+
+
+def register(schema: str, impl: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Define the operator of that schema; on the CPU it serves Triton's interpreter and oneDNN."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, impl, "CUDA")
+    _LIBRARY.impl(name, impl, "CPU")
+    torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.resnet_fused, name).default

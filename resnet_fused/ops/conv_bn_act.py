@@ -1,0 +1,241 @@
+"""Convolution + BN with running statistics + residual + activation: inference, and fine-tuning with frozen BN.
+
+    y = act(s * (conv(x, weight) + bias - mean) + beta + residual),    s = gamma / sqrt(var + eps)
+
+where
+    conv   the 2-D cross-correlation of `torch.nn.functional.conv2d`
+    gamma, beta, mean, var    bn_weight, bn_bias, running_mean, running_var; all None: a convolution with an add
+    act    max(., 0) or the identity
+
+Shapes: x [N, C, H, W], weight [K, C / groups, R, S], residual and y [N, K, P, Q]; bias and BN vectors [K].
+Dtypes: float16, bfloat16, float32 fused, accumulated and finished in float32; every other floating dtype eager.
+    Under autocast x, weight, bias and residual are cast as autocast casts a convolution's arguments.
+Layout: the fused kernels run channels_last and return it; eager keeps PyTorch's.
+Errors: ValueError naming the argument; BackendUnavailable where a forced backend can't serve the call.
+
+Equivalent to:
+    y = F.batch_norm(F.conv2d(x, weight, bias, stride, padding, dilation, groups), running_mean, running_var,
+                     bn_weight, bn_bias, training=False, eps=eps)
+    y = F.relu(y + residual)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _registry
+from . import _checks
+from ._library import register
+from .batch_norm_act import launch as launch_bn
+
+Pair = int | tuple[int, int]
+
+SCHEMA = (
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+    "Tensor? running_var, float eps, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, "
+    "bool relu) -> Tensor"
+)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """`conv_bn_act` in plain PyTorch, in torchvision's order."""
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if running_mean is not None:
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if act == "relu" else y
+
+
+def out_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """[N, K, P, Q] of the convolution."""
+    p, q = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return x.shape[0], weight.shape[0], p, q
+
+
+def fake(x: Tensor, weight: Tensor, *args) -> Tensor:
+    shape = out_shape(x, weight, *args[6:9])
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    """Why a backend can't serve the call, or None; from metadata alone."""
+    if backend not in ("cuda", "triton"):
+        return f"{backend} has no such operator"
+    if weight.dtype != x.dtype:
+        return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
+    return _checks.kernel_dtypes(x, vectors)
+
+
+def _impl(x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, residual, relu):
+    vectors = (bn_weight, bn_bias, mean, var)
+    choice = _registry.choose("conv_bn_act", x.device, lambda name: supported(name, x, weight, vectors))
+    _registry.record("conv_bn_act", choice)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    epilogue = (bn_weight, bn_bias, mean, var, eps, residual, None, None, None, None, None, relu)
+    return launch_bn(choice.backend, y, *epilogue)[0]
+
+
+_op = register(SCHEMA, _impl, fake)
+
+
+class _ConvBNAct(torch.autograd.Function):
+    """Gradients of x, weight, bias and residual; BN is frozen."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        x, weight, bias, bn_weight, _, mean, var, eps, *conv_args, residual, relu = args
+        y = _op(*args)
+        ctx.eps, ctx.conv_args = eps, conv_args
+        ctx.save_for_backward(x, weight, bn_weight, mean, var, y if relu else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bn_weight, mean, var, y = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv_args
+        needs = ctx.needs_input_grad
+        dz = dy if y is None else torch.where(y <= 0, 0, dy)
+        dconv = dz
+        if mean is not None:
+            scale = (var.float() + ctx.eps).rsqrt()
+            scale = scale if bn_weight is None else scale * bn_weight.float()
+            dconv = (dz.float() * scale[:, None, None]).to(dz.dtype)
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dconv,
+            x,
+            weight,
+            [weight.shape[0]],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [needs[0], needs[1], needs[2]],
+        )
+        return dx, dweight, dbias, *[None] * 9, dz if needs[12] else None, None
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """act(BN(conv(x)) [+ residual]) with BN's running statistics, fused where a backend serves it.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C / groups, R, S], any layout; channels_last needs no copy.
+        bn_weight, bn_bias: BN's affine parameters [K], or None.
+        running_mean, running_var: [K]; None together (then bn_weight and bn_bias are None too): no BN.
+        bias: the convolution's own bias [K], or None.
+        eps: added to the variance.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, integers or pairs (height, width).
+        residual: [N, K, P, Q], added before the activation.
+        act: "relu" or "none".
+
+    Returns:
+        y [N, K, P, Q].
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is off.
+        BackendUnavailable: a forced backend can't serve the call.
+    """
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, groups, act)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+    if residual is not None:
+        _checks.like("residual", residual, out_shape(x, weight, stride, padding, dilation), x)
+
+    def serves(name: str) -> str | None:
+        if _checks.needs_grad((bn_weight, bn_bias)):
+            return "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
+        return supported(name, x, weight, (bn_weight, bn_bias, running_mean, running_var))
+
+    choice = _registry.choose("conv_bn_act", x.device, serves)
+    if choice.backend == "eager":
+        _registry.record("conv_bn_act", choice)
+        return reference(
+            x,
+            weight,
+            bn_weight,
+            bn_bias,
+            running_mean,
+            running_var,
+            bias=bias,
+            eps=eps,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            residual=residual,
+            act=act,
+        )
+    args = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    args = (*args, stride, padding, dilation, groups, residual, act == "relu")
+    return (_ConvBNAct.apply if _checks.needs_grad(args) else _op)(*args)
+
+
+def _pair(name: str, value: Pair, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be an integer or a pair of integers of at least {least}, got {value!r}")
+    return pair
+
+
+def _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, groups, act) -> None:
+    _checks.image("x", x)
+    _checks.image("weight", weight)
+    _checks.act(act)
+    K, C_group = weight.shape[:2]
+    if groups < 1 or K % groups or x.shape[1] != C_group * groups:
+        raise ValueError(
+            f"weight must have shape [K, C / groups, R, S] with K divisible by groups={groups} and C={x.shape[1]} "
+            f"the channels of x, got {tuple(weight.shape)}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on {x.device} as x is, got {weight.device}")
+    names = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+    for name, v in zip(names, (bias, bn_weight, bn_bias, running_mean, running_var), strict=True):
+        _checks.vector(name, v, K, x)
+    _checks.statistics("running_mean", running_mean, "running_var", running_var)
+    if running_mean is None and (bn_weight is not None or bn_bias is not None):
+        raise ValueError("running_mean and running_var must be given where bn_weight or bn_bias is, got None")
