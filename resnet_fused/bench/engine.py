@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
@@ -36,7 +37,7 @@ def run(
     variants: Sequence[str] | None = None,
     *,
     baseline: str | None = None,
-    rounds: int = 10,
+    rounds: int | None = None,
     image_size: int = 224,
     track: Track = silent,
 ) -> Report:
@@ -53,7 +54,7 @@ def run(
         device: "cpu", "cuda" or "cuda:N"; by default a GPU where there is one.
         variants: names out of `VARIANTS`; by default `default_variants(device)`.
         baseline: the variant that ratios are taken against; by default the first.
-        rounds: how often every variant is timed.
+        rounds: how often every variant is timed; by default 10, or 3 to 9 where 10 would take longer than 40 s.
         image_size: height and width of the images.
         track: wraps the loops, for instance `progress`.
 
@@ -66,16 +67,22 @@ def run(
     batch = batch if batch is not None else (128 if on_gpu else 8)
     dtype = dtype if dtype is not None else ("float16" if on_gpu else "float32")
     names = tuple(variants) if variants is not None else default_variants(target)
-    baseline = baseline if baseline is not None else next(iter(names), None)
+    if not names:
+        raise ValueError("variants must name at least one")
+    baseline = baseline if baseline is not None else names[0]
     _one_of("model", [model], models.list_models())
     _one_of("dtype", [dtype], DTYPES)
     _one_of("variants", names, VARIANTS)
     _one_of("baseline", [baseline], names)
-    for argument, value, least in (("batch", batch, 1), ("rounds", rounds, 1), ("image_size", image_size, 32)):
+    for argument, value, least in (
+        ("batch", batch, 1),
+        ("rounds", 10 if rounds is None else rounds, 1),
+        ("image_size", image_size, 32),
+    ):
         if value < least:
             raise ValueError(f"{argument} must be at least {least}, got {value}")
 
-    report = Report(model, batch, image_size, dtype, target.type, baseline, rounds, conditions(target))
+    report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target))
     with torch.cuda.device(target) if on_gpu else contextlib.nullcontext(), _cudnn_benchmark():
         case = _Case(_torchvision(), model, batch, image_size, DTYPES[dtype], target)
         calls = {}
@@ -85,7 +92,7 @@ def run(
             if result.status == "measured":
                 calls[name] = call
         with torch.inference_mode():
-            samples = time_rounds(calls, rounds, target, track=track)
+            samples = time_rounds(calls, rounds or 10, target, seconds=math.inf if rounds else 40, track=track)
     for result in report.results:
         result.samples_ms = samples.get(result.variant, [])
         result.ratios = paired_ratios(samples.get(baseline, []), result.samples_ms)
@@ -99,15 +106,18 @@ class _Case:
         self, torchvision: ModuleType, model: str, batch: int, image_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.torchvision, self.model, self.dtype, self.device = torchvision, model, dtype, device
-        self.images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         self.state = _realistic_state(torchvision, model, image_size)
-        self.images = self.images.to(device, dtype)
+        images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        images = images.to(device, dtype)
+        self.inputs = {"nchw": images, "nhwc": images.contiguous(memory_format=torch.channels_last)}
         oracle = self._build("torchvision-nchw").double()
         with torch.inference_mode():
             # float64 activations are large: 16 images at a time
-            self.expected = torch.cat([oracle(images.double()) for images in self.images.split(16)])
-            self.nhwc_logits = self._build("torchvision-nhwc")(self._input("torchvision-nhwc"))
+            self.expected = torch.cat([oracle(chunk.double()) for chunk in images.split(16)])
+            self.nhwc_logits = self._build("torchvision-nhwc")(self.inputs["nhwc"])
         own_error = _max_abs(self.nhwc_logits.double() - self.expected)
+        if not math.isfinite(own_error):
+            raise ValueError(f"torchvision's own {model} has no finite logits in {dtype}: nothing to compare with")
         self.limit = 2 * own_error + torch.finfo(dtype).eps / 2 * _max_abs(self.expected)
 
     def prepare(self, name: str) -> tuple[Result, Callable[[], Tensor] | None]:
@@ -116,7 +126,7 @@ class _Case:
         backend = name.partition("-")[2] if name.startswith("resnet_fused-") else "auto"
         held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         try:
-            net, x = self._build(name), self._input(name)
+            net, x = self._build(name), self.inputs[result.layout]
             if name == "torchvision-compile":
                 torch.compiler.reset()  # a size seen before would make the graph dynamic
                 net = torch.compile(net, dynamic=False)
@@ -146,10 +156,6 @@ class _Case:
         net.load_state_dict(self.state)
         net = net.eval().to(self.device, self.dtype)
         return net.to(memory_format=torch.channels_last) if name in TORCHVISION[1:] else net
-
-    def _input(self, name: str) -> Tensor:
-        nchw = name == "torchvision-nchw"
-        return self.images.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
 
 
 def _forward(net: nn.Module, x: Tensor, backend: str) -> Tensor:

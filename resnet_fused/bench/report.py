@@ -40,7 +40,7 @@ class Result:
     @property
     def parity(self) -> str:
         if self.status != "measured":
-            return f"{self.status}: {self.reason}"
+            return self.status
         return "torchvision-nhwc's bits" if self.bit_identical else f"error {self.error:.1e} (allowed {self.limit:.1e})"
 
 
@@ -54,7 +54,6 @@ class Report:
     dtype: str
     device: str
     baseline: str
-    rounds: int
     conditions: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     task: str = "inference"
@@ -69,7 +68,7 @@ class Report:
         c = self.conditions
         lines = [
             f"{self.model} {self.task}, {self.batch} x 3 x {self.image_size} x {self.image_size}, {self.dtype}, "
-            f"{c['device']}, {c['threads']} threads, torch {c['torch']}",
+            f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}",
             "",
         ]
         rows = [("variant", "img/s", "ms/batch", "(quartiles)", "ratio", "(quartiles)", "peak MiB", "parity")]
@@ -85,11 +84,13 @@ class Report:
                     f"({speed[0]:.2f} - {speed[2]:.2f})" if speed else "",
                 )
             rows.append((r.variant, *figures, "n/a" if r.peak_mib is None else f"{r.peak_mib:.0f}", r.parity))
+        rounds = max((len(r.samples_ms) for r in self.results), default=0)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         for name, *cells, parity in rows:
             padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
             lines.append("  ".join((name.ljust(widths[0]), *padded, parity)))
-        lines += ["", f"ratio: speed against {self.baseline}, taken in each of {self.rounds} interleaved rounds."]
+        lines += ["", f"ratio: speed against {self.baseline}, taken in each of {rounds} interleaved rounds."]
+        lines += [f"{r.variant} {r.status}: {r.reason}" for r in self.results if r.reason]
         lines += [
             f"{r.variant} ran " + ", ".join(f"{what} ({n})" for what, n in r.ran.items()) for r in self.results if r.ran
         ]
@@ -118,9 +119,11 @@ def quartiles(samples: Sequence[float]) -> list[float]:
 def conditions(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the settings of a measurement that starts now."""
     with_gpu = device.type == "cuda"
+    script = Path(sys.argv[0])
+    program = [f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([*program, shlex.join(sys.argv[1:])]),
         "device": torch.cuda.get_device_name(device) if with_gpu else f"CPU {_cpu_name()}",
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -20,17 +20,22 @@ def time_rounds(
     device: torch.device,
     *,
     min_sample_ms: float = 100.0,
+    seconds: float = math.inf,
     track: Track = silent,
 ) -> dict[str, list[float]]:
     """Milliseconds a call, one sample a round; a round runs every call, and each round starts with another one.
 
-    A call shorter than `min_sample_ms` is repeated within its sample. The calls must have run before.
+    A call shorter than `min_sample_ms` is repeated within its sample. Once `seconds` are over, three rounds are enough.
+    The calls must have run before.
     """
     names = list(calls)
     repeats = {name: math.ceil(min_sample_ms / max(_sample_ms(calls[name], 2, device), 1e-3)) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for i in track(range(rounds), "timing round") if names else ():
-        first = i % len(names)
+    began = time.perf_counter()
+    for i in track(range(1, rounds + 1), "timing round") if names else ():
+        if i > 3 and time.perf_counter() - began > seconds:
+            break
+        first = (i - 1) % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(_sample_ms(calls[name], repeats[name], device))
     return samples

@@ -5,7 +5,6 @@ import enum
 import http.client
 import json
 import os
-import pickle
 import re
 import urllib.error
 from collections.abc import Callable
@@ -44,10 +43,9 @@ def torchvision_enum(class_name: str) -> type[enum.Enum]:
     """torchvision's own weights enum of that name; ImportError with the remedy where torchvision is missing."""
     try:
         import torchvision.models
-    except ImportError as error:
-        raise ImportError(
-            f"{class_name} is torchvision's: pip install torchvision ({error})", name="torchvision"
-        ) from error
+    except (ImportError, OSError, RuntimeError) as error:  # the last two where it was built for another torch
+        message = f"{class_name} is torchvision's, which can't be imported ({error}); pip install torchvision"
+        raise ImportError(message, name="torchvision") from error
     return getattr(torchvision.models, class_name)
 
 
@@ -185,7 +183,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the "args" of torchvision's training script
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # on a broken file the unpickler raises whatever it comes across
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"weights {path} can't be read as a checkpoint of tensors: {reason[0]}") from error
     for wrapper in ("state_dict", "model"):
@@ -251,7 +251,7 @@ def convert_keras(layers: list[dict[str, Any]], tensors: dict[str, Tensor]) -> d
             state[f"{bn}.weight"] = weight["gamma"]
             state[f"{bn}.bias"] = weight["beta"]
             state[f"{bn}.running_mean"] = (weight["moving_mean"].double() - bias[bn]).float()
-            # epsilon: the Caffe model's is 1e-5, as nn.BatchNorm2d's; the 1e-3 in the file is Keras' default, not the paper's
+            # for an epsilon of 1e-5, Caffe's and nn.BatchNorm2d's; the 1e-3 in the file is only Keras' default
             state[f"{bn}.running_var"] = weight["moving_variance"]
         elif kind == "Dense":
             state |= {"fc.weight": weight["kernel"].T, "fc.bias": weight["bias"]}
@@ -271,7 +271,7 @@ def _torchvision_keys(name: str) -> tuple[str, str]:
 
 
 def _stem(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """BGR kernel [O, 3, 7, 7] on pixels less Caffe's mean -> RGB kernel on torchvision's normalised input, and a bias."""
+    """BGR kernel [O, 3, 7, 7] on pixels less Caffe's mean -> RGB kernel on torchvision's input, and a bias [O]."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64) * 255
     caffe_mean = torch.tensor([123.68, 116.779, 103.939], dtype=torch.float64)
     rgb = kernel.double().flip(1)

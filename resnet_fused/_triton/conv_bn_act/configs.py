@@ -1,0 +1,93 @@
+"""Which tile serves which convolution: pure functions of the problem's sizes."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+Config = dict[str, int | bool]
+GROUP_CHANNELS = 32  # small groups are packed until a tile has so many input channels
+MIN_GROUP_CHANNELS = 8  # below, more than 3/4 of a packed tile's weights would be zeros
+_SHARED = 96 * 1024  # bytes that every GPU since 8.0 gives a program; two share a multiprocessor of an A100 or H100
+
+
+class Problem(NamedTuple):
+    """What a configuration depends on."""
+
+    M: int  # output pixels: N * P * Q
+    K: int  # output channels of one group
+    C: int  # input channels of one group
+    taps: int  # R * S
+    groups: int
+    itemsize: int
+    tensor_cores: bool  # 16-bit, or float32 as TF32
+    flat: bool  # few channels: R, S and C are one dimension
+    descriptors: bool  # tensor descriptors can serve it: 1x1, stride 1, capability 9.0 or later, rows of 16 bytes
+    multiprocessors: int
+
+    @property
+    def pack(self) -> int:
+        """Groups in one tile."""
+        return max(1, GROUP_CHANNELS // self.C) if self.groups > 1 else 1
+
+    def programs(self, block_m: int, block_n: int) -> int:
+        column_tiles = ceil(self.groups, self.pack) if self.pack > 1 else self.groups * ceil(self.K, block_n)
+        return ceil(self.M, block_m) * column_tiles
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(low: int, n: int, high: int) -> int:
+    """The least power of two not below n, between low and high."""
+    return max(low, min(high, 1 << (n - 1).bit_length()))
+
+
+def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors: bool = False) -> Config:
+    depth = p.taps * p.C if p.flat else p.pack * p.C
+    deepest = 128 // p.itemsize if p.tensor_cores else 16  # a line of 128 bytes; without tensor cores registers count
+    if p.flat:
+        deepest = 32
+    elif p.pack > 1:
+        deepest = GROUP_CHANNELS  # every group's channels in one step
+    block_k = _power_of_2(16, depth, deepest)
+    steps = ceil(depth, block_k) * (1 if p.flat else p.taps)
+    stage = (block_m + block_n) * block_k * p.itemsize
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": 8 if block_m * block_n >= 128 * 128 or p.flat else 4,
+        "num_stages": max(2, min(stages, steps, _SHARED // stage)),  # no more buffers than there are steps
+        "descriptors": descriptors,
+    }
+
+
+def _tiles(p: Problem) -> list[tuple[int, int]]:
+    """(BLOCK_M, BLOCK_N), largest first."""
+    if p.pack > 1:
+        return [(block_m, _power_of_2(16, p.pack * p.K, 1024)) for block_m in (128, 64)]
+    if not p.tensor_cores:
+        return [(64, _power_of_2(16, p.K, 64)), (32, _power_of_2(16, p.K, 32))]
+    widest = _power_of_2(16, p.K, 128)
+    tiles = [(128, 128), (128, 64), (64, 64), (64, 32), (64, 16)]
+    return list(dict.fromkeys((block_m, min(block_n, widest)) for block_m, block_n in tiles))
+
+
+@lru_cache(1024)
+def config(p: Problem) -> Config:
+    """The default: the largest tile that still gives every multiprocessor a program, else the smallest."""
+    tiles = _tiles(p)
+    tile = next((t for t in tiles if p.programs(*t) >= p.multiprocessors), tiles[-1])
+    return _config(p, *tile, descriptors=p.descriptors)
+
+
+def candidates(p: Problem) -> list[Config]:
+    """What a tuner may try, the default first."""
+    tiles = [t for t in _tiles(p) if p.programs(*t) >= p.multiprocessors // 4] or _tiles(p)[-1:]
+    if p.tensor_cores and p.pack == 1 and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
+        tiles.append((128, 256))
+    found = [config(p)]
+    for descriptors in (False, True) if p.descriptors else (False,):
+        for stages in (4, 3):
+            found += [_config(p, *tile, stages, descriptors) for tile in tiles]
+    return [c for i, c in enumerate(found) if c not in found[:i]]

@@ -1,0 +1,295 @@
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import resnet_fused
+from resnet_fused import bench, models
+from resnet_fused.bench import engine, timing
+
+SMALL = dict(model="resnet18", batch=2, image_size=64, device="cpu", rounds=2)
+CPU = torch.device("cpu")
+
+
+def by_name(report):
+    return {result.variant: result for result in report.results}
+
+
+def run_command(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args([str(argument) for argument in argv]))
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Puts `wrong` between a resnet_fused model and its logits."""
+    pytest.importorskip("torchvision")
+
+    def plant(wrong):
+        def get_model(name, **kwargs):
+            model = models.get_model(name, **kwargs)
+            model.fc.register_forward_hook(lambda module, args, logits: wrong(logits))
+            return model
+
+        monkeypatch.setattr(
+            engine, "models", types.SimpleNamespace(get_model=get_model, list_models=models.list_models)
+        )
+
+    return plant
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The variants that were handed over for timing."""
+    names = []
+
+    def time_rounds(calls, rounds, device, **kwargs):
+        names.extend(calls)
+        return {name: [1.0] * rounds for name in calls}
+
+    monkeypatch.setattr(engine, "time_rounds", time_rounds)
+    return names
+
+
+def test_command_writes_table_and_json(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "report.json"
+    variants = "torchvision-nchw,torchvision-nhwc,resnet_fused,resnet_fused-cuda"
+    small = ("--model", "resnet18", "--batch", 2, "--image-size", 64, "--device", "cpu", "--rounds", 2)
+    assert run_command(*small, "--variants", variants, "--json", path) == 0
+
+    table = capsys.readouterr().out
+    for word in (
+        "resnet18 inference",
+        "img/s",
+        "ratio",
+        "peak MiB",
+        "torchvision-nhwc's bits",
+        "n/a",
+        *variants.split(","),
+    ):
+        assert word in table
+    assert list(tmp_path.iterdir()) == [path], "a partial file was left behind"
+    report = json.loads(path.read_text())
+    assert (report["task"], report["model"], report["batch"], report["image_size"]) == ("inference", "resnet18", 2, 64)
+    assert (report["dtype"], report["device"], report["baseline"]) == ("float32", "cpu", "torchvision-nchw")
+    conditions = report["conditions"]
+    assert conditions["torch"] == torch.__version__
+    assert conditions["threads"] == torch.get_num_threads()
+    assert conditions["resnet_fused"] == resnet_fused.__version__
+    assert conditions["device"].startswith("CPU ")
+    assert {
+        "date",
+        "command",
+        "cpu",
+        "cpus",
+        "load",
+        "python",
+        "platform",
+        "torchvision",
+        "triton",
+        "cuda",
+    } <= conditions.keys()
+
+    nchw, nhwc, ours, cuda = report["results"]
+    assert ours["bit_identical"] and ours["error"] == nhwc["error"] <= ours["limit"]
+    assert ours["ran"]["eager"] == 20
+    assert cuda["status"] == "unavailable" and "cuda" in cuda["reason"] and not cuda["samples_ms"]
+    for result in (nchw, nhwc, ours):
+        assert result["status"] == "measured"
+        assert len(result["samples_ms"]) == len(result["ratios"]) == 2
+        assert result["ratios"] == [b / s for b, s in zip(nchw["samples_ms"], result["samples_ms"], strict=True)]
+        assert result["img_per_s"] == pytest.approx(2e3 / result["ms_quartiles"][1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda y: y * 1.001, lambda y: y.roll(1, 0), lambda y: y * math.nan, lambda y: y + torch.finfo(y.dtype).eps],
+    ids=["scaled", "images swapped", "NaN", "last bits"],
+)
+def test_wrong_variant_is_refused_and_not_timed(plant, timed, wrong):
+    plant(wrong)
+    report = bench.run(variants=["torchvision-nchw", "resnet_fused"], **SMALL)
+    result = by_name(report)["resnet_fused"]
+    assert (result.status, result.samples_ms, result.ratios) == ("refused", [], [])
+    assert timed == ["torchvision-nchw"]
+    assert not report.ok
+    assert "resnet_fused refused: " in report.table()
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_refused_variant_gives_exit_status_1(plant, timed, capsys):
+    plant(lambda logits: logits + 1)
+    small = ("--model", "resnet18", "--batch", 1, "--image-size", 64, "--device", "cpu")
+    assert run_command(*small, "--variants", "resnet_fused") == 1
+    assert "refused" in capsys.readouterr().out
+
+
+def test_failing_variant_leaves_the_others(plant, timed):
+    def fail(logits):
+        raise RuntimeError("the kernel broke\nsecond line")
+
+    plant(fail)
+    report = bench.run(variants=["resnet_fused", "torchvision-nhwc"], **SMALL)
+    result = by_name(report)["resnet_fused"]
+    assert (result.status, result.reason) == ("failed", "the kernel broke")
+    assert timed == ["torchvision-nhwc"]
+    assert by_name(report)["torchvision-nhwc"].ratios == []  # the baseline was not timed
+    assert not report.ok and "-" in report.table()
+
+
+def test_compile_that_cannot_run_is_unavailable(monkeypatch, timed):
+    pytest.importorskip("torchvision")
+
+    def no_compiler(model, **kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    report = bench.run(variants=["torchvision-nhwc", "torchvision-compile"], **SMALL)
+    assert "torchvision-compile unavailable: no C++ compiler" in report.table()
+    assert timed == ["torchvision-nhwc"] and report.ok
+
+
+def test_bfloat16_is_held_to_torchvisions_own_error(timed):
+    pytest.importorskip("torchvision")
+    report = bench.run(variants=["torchvision-nchw", "torchvision-nhwc", "resnet_fused"], dtype="bfloat16", **SMALL)
+    results = by_name(report)
+    assert report.ok and results["resnet_fused"].bit_identical
+    assert 2 * results["torchvision-nhwc"].error < results["resnet_fused"].limit < 3 * results["torchvision-nhwc"].error
+
+
+def test_rounds_are_interleaved_and_rotated(monkeypatch):
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    monkeypatch.setattr(timing, "_sample_ms", lambda call, repeats, device: call() or 200.0 / len(order))
+    samples = bench.time_rounds(calls, 4, CPU, min_sample_ms=100)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # the first to find the repeats
+    assert samples["a"] == [200 / 4, 200 / 9, 200 / 11, 200 / 13]
+
+
+def test_short_calls_are_repeated(monkeypatch):
+    repeats = []
+    monkeypatch.setattr(timing, "_sample_ms", lambda call, n, device: repeats.append(n) or call())
+    assert bench.time_rounds({"short": lambda: 0.3, "long": lambda: 150.0}, 1, CPU, min_sample_ms=100)["short"] == [0.3]
+    assert repeats[2:] == [334, 1]
+    assert bench.time_rounds({}, 3, CPU) == {}
+
+
+def test_time_limit_leaves_three_rounds():
+    samples = bench.time_rounds({"a": lambda: None}, 10, CPU, min_sample_ms=0.01, seconds=0)
+    assert len(samples["a"]) == 3
+
+
+def test_ratios_are_taken_pair_by_pair():
+    baseline = [10.0, 40.0, 10.0]  # the second round fell into a slow phase
+    assert bench.paired_ratios(baseline, [5.0, 20.0, 4.0]) == [2.0, 2.0, 2.5]
+    assert bench.paired_ratios([], [5.0]) == bench.paired_ratios(baseline, []) == []
+    with pytest.raises(ValueError):
+        bench.paired_ratios(baseline, [5.0])
+
+
+def test_table_shows_medians_and_quartiles():
+    conditions = bench.conditions(CPU)
+    a = bench.Result("torchvision-nchw", "nchw", error=1e-6, limit=2e-6, samples_ms=[10.0, 40.0, 10.0, 12.0, 14.0])
+    b = bench.Result(
+        "resnet_fused", "nhwc", error=1e-6, limit=2e-6, samples_ms=[5.0, 20.0, 4.0, 6.0, 7.0], peak_mib=512.2
+    )
+    for result in (a, b):
+        result.ratios = bench.paired_ratios(a.samples_ms, result.samples_ms)
+    report = bench.Report("resnet50", 8, 224, "float32", "cpu", "torchvision-nchw", conditions, [a, b])
+    row = next(line for line in report.table().splitlines() if line.startswith("resnet_fused"))
+    assert row.split()[1:7] == ["1333.3", "6.00", "(5.00", "-", "7.00)", "2.00"]
+    assert "512" in row and "error 1.0e-06" in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(model="resnet51"), ["model", "resnet51", "resnet50"]),
+        (dict(variants=["resnet_fused", "tensorrt"]), ["variants", "tensorrt", "torchvision-nhwc"]),
+        (dict(baseline="resnet_fused-cuda"), ["baseline", "resnet_fused-cuda", "torchvision-nchw"]),
+        (dict(dtype="float64"), ["dtype", "float64", "bfloat16"]),
+        (dict(batch=0), ["batch", "0"]),
+        (dict(rounds=0), ["rounds", "0"]),
+        (dict(image_size=16), ["image_size", "16"]),
+        (dict(device="tpu"), ["device", "tpu", "cuda"]),
+        (dict(device="cuda:99"), ["cuda:99"]),
+        (dict(variants=[]), ["variants"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError) as error:
+        bench.run(**(dict(device="cpu") | arguments))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unwritable_json_is_told_before_measuring(tmp_path):
+    with pytest.raises(ValueError, match="--json"):
+        run_command("--json", tmp_path / "absent" / "report.json")
+
+
+def test_missing_torchvision_is_one_clear_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=r"torchvision.*pip install"):
+        bench.run(device="cpu")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    bench.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        bench.write_json(path, {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_result_name():
+    name = bench.result_name("inference", "float16", "nhwc", CPU)
+    assert name.startswith(f"inference-float16-nhwc-torch{torch.__version__.split('+')[0]}-cuda")
+    assert name.endswith(".json") and not set(name) & set(" /+")
+
+
+def test_default_variants_are_those_that_are_there():
+    variants = bench.default_variants(CPU)
+    assert variants[:4] == ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile", "resnet_fused")
+    assert set(variants) <= set(bench.VARIANTS)
+    assert not {"resnet_fused-eager", "resnet_fused-cuda", "resnet_fused-triton"} & set(variants)
+
+
+def test_ops_times_right_operators_and_no_wrong_one(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ comes with the sources only")
+    path = tmp_path / "ops.json"
+    program = f"""
+import sys, pytest
+from resnet_fused.testing import OPS
+right = OPS["conv_bn_act"]
+OPS["conv_bn_act"] = lambda *args, **kwargs: right(*args, **kwargs) + 1
+cases = "bn-two-bn-join-float32-eager or conv-1x1-join-float32-eager"
+options = ["-k", cases, "--benchmark-only", "--benchmark-json={path}", "-pno:cacheprovider"]
+sys.exit(pytest.main([{str(folder)!r}, *options]))
+"""
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join([str(folder.parent), *sys.path]))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout and "conv-1x1-join: result 0 is off by" in done.stdout
+    assert re.search(r"bn-two-bn-join +float32 +eager +[\d.]+ +[\d.]+ +0.00 +1.00", done.stdout)
+    [benchmark] = json.loads(path.read_text())["benchmarks"]
+    info = benchmark["extra_info"]
+    assert (info["case"], info["ratio_to_eager"]) == ("bn-two-bn-join", 1)
+    assert info["bytes"] == 3 * 2 * 64 * 14 * 14 * 4
+    assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["microseconds"] / 1e3)

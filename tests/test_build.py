@@ -1,0 +1,223 @@
+"""The build: when CUDA is compiled, for what, what the package says without it, and what sdist and wheel carry."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import backend
+import pytest
+import torch
+
+from resnet_fused import _cuda
+
+ROOT = Path(__file__).parents[1]
+TOOLKIT = Path("/cuda")
+
+
+@pytest.mark.parametrize(
+    "environ, toolkit, capabilities, reason",
+    [
+        ({}, TOOLKIT, [(9, 0)], None),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0"}, TOOLKIT, [], None),
+        ({"RESNET_FUSED_FORCE_CUDA": "1"}, TOOLKIT, [], None),
+        ({}, TOOLKIT, [], "no GPU"),
+        ({}, None, [(9, 0)], "no CUDA toolkit"),
+        ({"RESNET_FUSED_FORCE_CUDA": "1"}, None, [(9, 0)], "no CUDA toolkit"),
+        ({"RESNET_FUSED_FORCE_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "8.0"}, TOOLKIT, [(9, 0)], "FORCE_CUDA=0"),
+    ],
+)
+def test_when_cuda_is_compiled(environ, toolkit, capabilities, reason):
+    why_not = backend.why_not_cuda(environ, toolkit, capabilities)
+    assert why_not is None if reason is None else reason in why_not
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A toolkit whose nvcc names its root as the real one does."""
+    root = tmp_path / "cuda-13.0"
+    for folder in ("bin", "include"):
+        (root / folder).mkdir(parents=True)
+    (root / "include/cuda_runtime.h").touch()
+    script(root / "bin/nvcc", f'echo "#\\$ TOP={root}/bin/.." >&2')
+    return root
+
+
+def script(path: Path, body: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_the_toolkit_behind_a_wrapper(toolkit, tmp_path):
+    script(tmp_path / "wrapper/nvcc", f'exec {toolkit}/bin/nvcc "$@"')
+    assert backend.find_toolkit({"PATH": str(tmp_path / "wrapper")}) == toolkit
+
+
+def test_the_toolkit_behind_a_link(toolkit, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/nvcc").symlink_to(toolkit / "bin/nvcc")
+    assert backend.find_toolkit({"PATH": str(tmp_path / "links")}) == toolkit
+
+
+def test_cuda_home_is_obeyed(toolkit, tmp_path):
+    assert backend.find_toolkit({"CUDA_HOME": str(toolkit), "PATH": ""}) == toolkit
+    assert backend.find_toolkit({"CUDA_HOME": str(tmp_path), "PATH": str(toolkit / "bin")}) is None
+
+
+@pytest.mark.parametrize(
+    "environ, capabilities, archs",
+    [
+        ({}, [], ["8.0+PTX", "9.0a"]),
+        ({}, [(9, 0), (8, 6), (9, 0)], ["8.6", "9.0a"]),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 10.0+PTX"}, [(9, 0)], ["8.0", "9.0a", "10.0+PTX"]),
+    ],
+)
+def test_what_is_compiled_for(environ, capabilities, archs):
+    assert backend.arch_list(environ, capabilities) == archs
+
+
+def test_nvcc_flags():
+    assert backend.gencode(["8.0+PTX", "9.0a"]) == {
+        "sm_80": "-gencode=arch=compute_80,code=sm_80",
+        "compute_80": "-gencode=arch=compute_80,code=compute_80",
+        "sm_90a": "-gencode=arch=compute_90a,code=sm_90a",
+    }
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST.*'Hopper'"):
+        backend.gencode(["Hopper"])
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (["sm_80"], (8, 0), True),
+        (["sm_80"], (8, 9), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_90a"], (10, 0), False),
+        (["sm_100f"], (10, 3), True),
+        (["sm_90"], (10, 0), False),
+        (["compute_80"], (12, 0), True),
+        (["compute_80"], (7, 5), False),
+        (["compute_90a"], (10, 0), False),
+        (["sm_80", "compute_80", "sm_90a"], (10, 0), True),
+    ],
+)
+def test_which_devices_run_it(archs, capability, runs):
+    reason = _cuda.device_mismatch(archs, capability)
+    assert (reason is None) == runs
+    if not runs:
+        assert f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} " in reason
+
+
+def test_which_pytorch_runs_it():
+    assert _cuda.cuda_mismatch("13.0", "13.2") is None
+    assert "compiled for CUDA 13.0, PyTorch is built for CUDA 12.8" in _cuda.cuda_mismatch("13.0", "12.8")
+    assert _cuda.torch_mismatch("2.11.0", "13.0", None) is None
+    assert "without CUDA" in _cuda.torch_mismatch("2.11.0+cpu", None, None)
+    assert "ROCm" in _cuda.torch_mismatch("2.11.0", None, "7.1")
+
+
+def test_another_cuda_runtime_is_named():
+    message = "libcudart.so.13: cannot open shared object file: No such file or directory"
+    assert "compiled for CUDA 13, PyTorch is built for CUDA 12.8" in _cuda.load_failure(message, "12.8")
+    assert "failed to load (undefined symbol: f)" in _cuda.load_failure("undefined symbol: f", "12.8")
+
+
+def test_off_the_gpu_there_is_a_reason():
+    assert "the tensor is on cpu" in _cuda.unavailable("cpu")
+    if not torch.cuda.is_available():
+        assert _cuda.unavailable("cuda", 0)
+    info = _cuda.build_info()
+    assert set(info) in ({"reason"}, {"cuda", "torch", "torch_target", "archs", "compiler"})
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a PyTorch without CUDA does not look for the module")
+def test_a_module_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
+    for name in ("broken_module", "recorded", "tree"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "resnet_fused/_cuda.py", tmp_path / name)
+    (tmp_path / f"broken_module/_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    (tmp_path / "recorded/_build_reason.txt").write_text("the compiler was on strike\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken, recorded, tree = (importlib.import_module(f"{n}._cuda") for n in ("broken_module", "recorded", "tree"))
+    assert "failed to load" in broken.unavailable("cuda", 0)
+    assert "failed to load" in broken.build_info()["reason"]
+    assert "the compiler was on strike" in recorded.unavailable("cuda", 0)
+    assert "never built" in tree.unavailable("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project to build in."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "results")
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "project", ignore=ignored))
+
+
+def build(checkout: Path, hook: str, out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, '_build'); import backend; backend.{hook}(sys.argv[1])"
+    environ = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME")} | environ
+    return subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=checkout, env=environ, capture_output=True, text=True
+    )
+
+
+def read_wheel(folder: Path) -> tuple[str, list[str], str]:
+    """Its file name, the names in it, and the reason it records."""
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        return path.name, wheel.namelist(), wheel.read("resnet_fused/_build_reason.txt").decode()
+
+
+def test_the_sdist_carries_the_sources_and_builds_elsewhere(checkout, tmp_path):
+    assert build(checkout, "build_sdist", tmp_path).returncode == 0
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+        sdist.extractall(tmp_path / "elsewhere", filter="data")
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    assert sources | {"_build/backend.py", "setup.py", "pyproject.toml"} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_reason.txt"))]
+
+    (unpacked,) = (tmp_path / "elsewhere").iterdir()
+    result = build(unpacked, "build_wheel", tmp_path, RESNET_FUSED_FORCE_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert "installing without its CUDA kernels: RESNET_FUSED_FORCE_CUDA=0 was set" in result.stdout
+    name, names, reason = read_wheel(tmp_path)
+    assert name.endswith("-py3-none-any.whl")
+    assert {"resnet_fused/_cuda.py", "resnet_fused/models/resnet.py"} <= set(names)
+    assert not [name for name in names if not name.startswith("resnet_fused")]
+    assert reason == "RESNET_FUSED_FORCE_CUDA=0 was set\n"
+
+
+def test_a_failed_compile_installs_without_cuda(checkout, toolkit, tmp_path):
+    environ = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "nonsense"}
+    result = build(checkout, "build_wheel", tmp_path, **environ)
+    assert result.returncode == 0, result.stderr
+    name, _, reason = read_wheel(tmp_path)
+    assert name.endswith("-py3-none-any.whl")
+    assert reason.startswith("compiling them failed (")
+
+    forced = build(checkout, "build_wheel", tmp_path, RESNET_FUSED_FORCE_CUDA="1", **environ)
+    assert forced.returncode != 0
+
+
+def test_forced_without_a_toolkit_says_so(checkout, tmp_path):
+    result = build(checkout, "build_wheel", tmp_path, RESNET_FUSED_FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith("RESNET_FUSED_FORCE_CUDA=1, but no CUDA toolkit was found")
+
+
+def test_torch_is_asked_for_only_to_compile(checkout, toolkit, monkeypatch):
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    for forced, asked in (("0", False), ("1", True)):
+        monkeypatch.setenv("RESNET_FUSED_FORCE_CUDA", forced)
+        for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+            assert any(r.startswith("torch") for r in hook()) == asked
+    assert not any(r.startswith("torch") for r in backend.get_requires_for_build_sdist())

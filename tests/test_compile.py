@@ -1,0 +1,96 @@
+"""torch.compile, torch.export and autocast go through the operators and give the same numbers."""
+
+import pytest
+import torch
+import torchvision
+
+import resnet_fused
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def twins():
+    torch.manual_seed(0)
+    ours = resnet_fused.resnet18().eval()
+    theirs = torchvision.models.resnet18().eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_of_the_eval_model(backend, compiler):
+    ours, theirs = twins()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    with resnet_fused.backend(backend), torch.no_grad():
+        y = torch.compile(ours, fullgraph=True, backend=keep)(X)
+        torch.testing.assert_close(y, theirs(X), rtol=0, atol=2e-5)
+    calls = sum("resnet_fused.conv_bn_act" in str(n.target) for n in graphs[0].graph.nodes)
+    assert len(graphs) == 1 and calls == (0 if backend == "auto" else 20)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compile_with_gradients(backend):
+    ours, theirs = twins()
+    with resnet_fused.backend(backend):
+        torch.compile(ours, fullgraph=True, backend="aot_eager")(X).logsumexp(1).sum().backward()
+    theirs(X).logsumexp(1).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item(), msg=name)
+
+
+def test_a_forced_backend_recompiles():
+    ours, _ = twins()
+    graphs = []
+    compiled = torch.compile(ours, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        auto = compiled(X)
+        with resnet_fused.backend("triton"):
+            torch.testing.assert_close(compiled(X), auto, rtol=0, atol=2e-5)
+        assert torch.equal(compiled(X), auto)
+    calls = [sum("resnet_fused.conv_bn_act" in str(n.target) for n in graph.graph.nodes) for graph in graphs]
+    assert calls == [0, 20]
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_export(backend):
+    ours, theirs = twins()
+    with resnet_fused.backend(backend), torch.no_grad():
+        program = torch.export.export(ours, (X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        nodes = [n for n in program.graph.nodes if n.target == torch.ops.resnet_fused.conv_bn_act.default]
+        assert len(nodes) == (0 if backend == "auto" else 20)
+        larger = torch.cat([X, X + 1])
+        torch.testing.assert_close(program.module()(larger), theirs(larger), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(backend, grad):
+    ours, theirs = twins()
+    with resnet_fused.backend(backend), torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        y, expected = ours(X), theirs(X)
+    with torch.no_grad():
+        exact = theirs.double()(X.double())
+    assert y.dtype == expected.dtype == torch.bfloat16
+    error, theirs_error = ((t.double() - exact).abs().max() for t in (y, expected))
+    assert error <= 2 * theirs_error + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def test_autocast_of_the_operator():
+    x, w = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3)
+    v = torch.ones(4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for backend in ("eager", "triton"):
+            with resnet_fused.backend(backend):
+                y = resnet_fused.ops.conv_bn_act(x, w, v, v, v, v, residual=torch.randn(2, 4, 4, 4))
+            assert y.dtype == torch.bfloat16

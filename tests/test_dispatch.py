@@ -1,0 +1,108 @@
+"""Which backend serves, how one is forced, and what is said when it can't."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import resnet_fused
+from resnet_fused import BackendUnavailable, _registry, explain, ops
+
+X = torch.randn(2, 3, 64, 64)
+V = torch.ones(3)
+
+
+def python(code, **env):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESNET_FUSED_BACKEND")} | env
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_auto_is_eager_on_the_cpu():
+    rows = explain(resnet_fused.resnet18(), X)
+    assert len(rows) == 20 + 3  # convolutions; pooling twice and the classifier
+    fused = [r for r in rows if "BatchNorm2d" in r.modules]
+    assert len(fused) == 20 and all(r.ran == ["eager"] for r in fused)
+    assert "'auto' is eager on cpu" in fused[0].why[0]
+    assert [r.layer for r in rows][:3] == ["conv1", "maxpool", "layer1.0.conv1"] and rows[-1].layer == "fc"
+    assert str(rows).splitlines()[1].startswith("conv1")
+
+
+def test_explain_names_op_and_backend_and_leaves_the_model_alone():
+    model = resnet_fused.resnet18()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with resnet_fused.backend("eager"):
+        assert explain(model, X)[0].why == ["backend 'eager' is forced"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+    with resnet_fused.backend("triton"), torch.no_grad():
+        rows = [r for r in explain(model, X) if "BatchNorm2d" in r.modules]
+    assert all(r.ran == ["conv_bn_act: triton"] and not r.why for r in rows)
+    assert rows[2].modules == "Conv2d + BatchNorm2d + add + ReLU"
+
+
+def test_the_context_manager_restores_what_was_set():
+    resnet_fused.set_backend("triton")
+    with pytest.raises(ZeroDivisionError), resnet_fused.backend("eager"):
+        assert _registry.get_backend() == "eager"
+        raise ZeroDivisionError
+    assert _registry.get_backend() == "triton"
+    for choose in (resnet_fused.set_backend, lambda n: resnet_fused.backend(n).__enter__()):
+        with pytest.raises(ValueError, match="one of auto, cuda, triton, cudnn, onednn, eager; got 'cutlass'"):
+            choose("cutlass")
+    assert _registry.get_backend() == "triton"
+
+
+@pytest.mark.parametrize(
+    "backend, reason",
+    [("cuda", "built|CUDA"), ("cudnn", "cuDNN|CUDA"), ("onednn", "onednn has no such operator")],
+)
+def test_a_forced_backend_never_falls_back(backend, reason):
+    with resnet_fused.backend(backend), pytest.raises(BackendUnavailable, match=f"batch_norm_act: .*'{backend}'.*({reason})"):
+        ops.batch_norm_act(X, V, V, V, V, training=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_a_forced_backend_says_which_dtypes_it_serves(dtype):
+    with resnet_fused.backend("triton"), pytest.raises(BackendUnavailable, match="x is torch.float64; the kernels serve"):
+        ops.batch_norm_act(X.to(dtype), V, V, V, V, training=False)
+
+
+def test_triton_without_the_interpreter_names_the_remedy():
+    code = (
+        "import torch, resnet_fused\n"
+        "resnet_fused.set_backend('triton')\n"
+        "v = torch.ones(3)\n"
+        "resnet_fused.ops.batch_norm_act(torch.ones(2, 3, 4, 4), v, v, v, v, training=False)"
+    )
+    message = python(code).stderr.splitlines()[-1]
+    assert "BackendUnavailable: batch_norm_act" in message and "TRITON_INTERPRET=1" in message
+
+
+def test_the_environment_variable_chooses():
+    code = "import resnet_fused; print(resnet_fused._registry.get_backend())"
+    assert python(code, RESNET_FUSED_BACKEND="eager").stdout == "eager\n"
+    assert python(code).stdout == "auto\n"
+    assert "RESNET_FUSED_BACKEND: backend must be one of" in python(code, RESNET_FUSED_BACKEND="x").stderr.splitlines()[-1]
+
+
+def test_without_triton_and_torchvision_the_package_works():
+    code = (
+        "import sys; sys.modules['triton'] = sys.modules['torchvision'] = None\n"
+        "import torch, resnet_fused\n"
+        "print(resnet_fused.resnet18(num_classes=3)(torch.randn(2, 3, 64, 64)).shape)\n"
+        "print(resnet_fused._registry.unavailable('triton', torch.device('cpu')))\n"
+        "resnet_fused.ResNet18_Weights"
+    )
+    done = python(code)
+    assert "torch.Size([2, 3])\nTriton can't be imported" in done.stdout, done.stderr
+    assert "torchvision" in done.stderr.splitlines()[-1]
+
+
+def test_auto_tries_the_next_and_ends_in_eager(monkeypatch):
+    monkeypatch.setattr(_registry, "_AUTO", {"cpu": ("cuda", "triton")})
+    choice = _registry.choose("op", X.device, lambda name: None)
+    assert choice.backend == "triton" and choice.rejected[0][0] == "cuda"
+    choice = _registry.choose("op", X.device, lambda name: "no kernel")
+    assert choice.backend == "eager" and choice.rejected[1] == ("triton", "no kernel")

@@ -1,0 +1,260 @@
+"""Which steps are fused, what happens to those that are not, and that no copy of a weight or statistic goes stale."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import resnet_fused
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+FUSED = ["triton"]
+
+
+def twins(**kwargs):
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(**kwargs).eval()
+    torch.manual_seed(0)
+    ours = resnet_fused.resnet18(**kwargs).eval()
+    for m in (ours, theirs):  # statistics unlike a fresh BN's
+        for i, bn in enumerate(b for b in m.modules() if isinstance(b, nn.BatchNorm2d)):
+            torch.manual_seed(i)
+            bn.running_mean.normal_(0, 0.1), bn.running_var.uniform_(0.5, 1.5)
+    return ours, theirs
+
+
+def assert_same(ours, theirs, backend):
+    with resnet_fused.backend(backend), torch.no_grad():
+        expected = theirs(X)
+        torch.testing.assert_close(ours(X), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hook(model):
+    model.layer2[0].conv1.register_forward_hook(lambda module, args, out: 3 * out)
+
+
+def hook_on_projection(model):
+    model.layer2[0].downsample.register_forward_hook(lambda module, args, out: 3 * out)
+
+
+def prune_weight(model):
+    prune.ln_structured(model.layer2[0].conv1, "weight", amount=0.5, n=2, dim=0)
+
+
+def weight_norm(model):
+    parametrizations.weight_norm(model.layer2[0].conv1)
+    with torch.no_grad():
+        model.layer2[0].conv1.parametrizations.weight.original0.mul_(2)
+
+
+def old_weight_norm(model):
+    nn.utils.weight_norm(model.layer2[0].conv1)
+    with torch.no_grad():
+        model.layer2[0].conv1.weight_g.mul_(2)
+
+
+def replaced_convolution(model):
+    conv = Doubled(64, 128, 3, 2, 1, bias=False)
+    conv.load_state_dict(model.layer2[0].conv1.state_dict())
+    model.layer2[0].conv1 = conv
+
+
+def forward_on_an_instance(model):
+    conv = model.layer2[0].conv1
+    plain = conv.forward
+    conv.forward = lambda x: plain(x) + 1
+
+
+def replaced_activation(model):
+    model.layer2[0].relu = nn.ReLU6()
+
+
+def circular_padding(model):
+    model.layer2[0].conv1.padding_mode = "circular"
+    model.layer2[0].conv1._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def string_padding(model):
+    model.layer2[1].conv1.padding = "same"
+
+
+REASONS = {
+    hook: "the convolution (Conv2d) has hooks",
+    prune_weight: "the convolution (Conv2d) has hooks",
+    weight_norm: "the convolution is ParametrizedConv2d, not exactly Conv2d",
+    old_weight_norm: "the convolution (Conv2d) has hooks",
+    replaced_convolution: "the convolution is Doubled, not exactly Conv2d",
+    forward_on_an_instance: "the convolution (Conv2d) has a forward set on the instance",
+    replaced_activation: "the activation is ReLU6, not exactly ReLU",
+    circular_padding: "the convolution pads by 'circular'",
+    string_padding: "the convolution pads by 'zeros', 'same'",
+}
+
+
+@pytest.mark.parametrize("change", [*REASONS, hook_on_projection], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_a_changed_module_is_called_as_torchvision_calls_it(change, backend):
+    ours, theirs = twins()
+    change(ours), change(theirs)
+    assert_same(ours, theirs, backend)
+    if backend != "auto" and change in REASONS:
+        with resnet_fused.backend(backend), torch.no_grad():
+            rows = {r.layer: r for r in resnet_fused.explain(ours, X)}
+        row = rows["layer2.1.conv1" if change is string_padding else "layer2.0.conv1"]
+        assert row.ran == ["eager"] and REASONS[change] in row.why[0]
+        assert rows["layer1.0.conv1"].ran == [f"conv_bn_act: {backend}"]
+
+
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_unstructured_pruning_wants_contiguous_weights(backend):
+    ours, theirs = twins()
+    contiguous = resnet_fused.resnet18(channels_last=False).eval()
+    contiguous.load_state_dict(ours.state_dict())
+    for model in (contiguous, theirs):
+        prune.l1_unstructured(model.layer2[0].conv1, "weight", amount=0.5)
+    assert_same(contiguous, theirs, backend)
+    with pytest.raises(RuntimeError, match="view size"):  # PyTorch's own pruning refuses channels_last
+        prune.l1_unstructured(ours.layer2[0].conv1, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_group_norm_runs_as_it_is(backend):
+    ours, theirs = twins(norm_layer=lambda c: nn.GroupNorm(4, c))
+    assert_same(ours, theirs, backend)
+    with resnet_fused.backend(backend):
+        rows = resnet_fused.explain(ours, X)
+    if backend != "auto":
+        assert "the BN is GroupNorm, not exactly BatchNorm2d or SyncBatchNorm" in rows[0].why
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_projection_with_a_hook_is_called_whole(backend):
+    ours, _ = twins()
+    calls = []
+    ours.layer2[0].downsample.register_forward_hook(lambda *args: calls.append(1))
+    with resnet_fused.backend(backend), torch.no_grad():
+        ours(X)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_global_hooks_are_honoured(backend):
+    ours, _ = twins()
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: called.append(type(module)))
+    try:
+        with resnet_fused.backend(backend), torch.no_grad():
+            ours(X)
+    finally:
+        handle.remove()
+    assert called.count(nn.Conv2d) == 20 and called.count(nn.BatchNorm2d) == 20
+
+
+def edit_in_place(model):
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(1.5), model.layer1[0].bn1.running_mean.add_(0.5)
+
+
+def edit_data(model):
+    model.layer1[0].conv1.weight.data.mul_(1.5)
+    model.layer1[0].bn1.running_var.data.mul_(2)
+    model.layer2[0].bn2.weight.data = model.layer2[0].bn2.weight.data * 2
+
+
+def load_other_state(model):
+    torch.manual_seed(5)
+    other = torchvision.models.resnet18()
+    model.load_state_dict(other.state_dict())
+
+
+def swap_to_ema(model):
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    edit_in_place(model)
+    average.update_parameters(model)
+    for p, q in zip(model.parameters(), average.module.parameters(), strict=True):
+        p.data, q.data = q.data, p.data
+
+
+def train_a_while(model):
+    with resnet_fused.backend("eager"):
+        model.train()(X)
+    model.eval()
+
+
+def train_a_child(model):
+    with resnet_fused.backend("eager"):
+        model.layer1[0].bn1.train()
+        model(X)
+        model.layer1[0].bn1.eval()
+
+
+EDITS = [edit_in_place, edit_data, load_other_state, swap_to_ema, train_a_while, train_a_child]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda e: e.__name__)
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_the_next_pass_sees_every_edit(edit, backend):
+    ours, theirs = twins()
+    assert_same(ours, theirs, backend)
+    with torch.no_grad():
+        before = ours(X)
+    edit(ours), edit(theirs)
+    assert_same(ours, theirs, backend)
+    with torch.no_grad():
+        assert (ours(X) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fine_tuning_with_frozen_bn(backend):
+    ours, theirs = twins()
+    for model in (ours, theirs):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.requires_grad_(False)
+    with resnet_fused.backend(backend):
+        rows = {r.layer: r for r in resnet_fused.explain(ours, X)}
+        assert rows["layer2.0.downsample.0"].ran == [f"conv_bn_act: {backend}"]
+        ours(X).logsumexp(1).sum().backward()
+    theirs(X).logsumexp(1).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fine_tuning_with_eval_mode_bn(backend):
+    ours, theirs = twins()
+    with resnet_fused.backend(backend):
+        rows = {r.layer: r for r in resnet_fused.explain(ours, X)}
+        assert rows["layer2.0.downsample.0"].ran == ["in layer2.0.conv2's pass"]
+        ours(X).logsumexp(1).sum().backward()
+    theirs(X).logsumexp(1).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("bn", [dict(momentum=None), dict(track_running_stats=False), dict(momentum=0.3)])
+def test_train_mode_keeps_batch_norms_books(bn):
+    theirs = torchvision.models.resnet18(norm_layer=lambda c: nn.BatchNorm2d(c, **bn))
+    ours = resnet_fused.resnet18(norm_layer=lambda c: nn.BatchNorm2d(c, **bn))
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours.train(), theirs.train()):
+        model(X), model(X + 1)
+    for (name, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_deepcopies_are_independent():
+    ours, theirs = twins()
+    twin = copy.deepcopy(ours)
+    edit_in_place(ours)
+    assert_same(twin, theirs, "triton")

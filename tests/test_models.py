@@ -1,0 +1,190 @@
+"""The models against torchvision's: the same names, the same bits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import resnet_fused
+from resnet_fused.models import ResNet, get_model, list_models
+
+CHANNELS_LAST = torch.channels_last
+
+
+def twins(name, channels_last=True, **kwargs):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, **kwargs)
+    torch.manual_seed(0)
+    ours = get_model(name, channels_last=channels_last, **kwargs)
+    return ours, theirs.to(memory_format=CHANNELS_LAST) if channels_last else theirs
+
+
+def assert_same_bits(ours, theirs, x, mode):
+    ours.train(mode), theirs.train(mode)
+    ours.zero_grad(), theirs.zero_grad()
+    losses = []
+    for model in (ours, theirs):
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(x)))
+        loss.backward()
+        losses.append((logits, loss))
+    (logits, loss), (their_logits, their_loss) = losses
+    assert torch.equal(logits, their_logits) and torch.equal(loss, their_loss)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), f"gradient of {name}"
+    for (name, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_there_are_torchvisions_ten():
+    assert list_models()[:10] == [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ]
+
+
+@pytest.mark.parametrize("name", list_models()[:10])
+def test_bits_are_torchvisions(name):
+    ours, theirs = twins(name)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    x = torch.randn(2, 3, 33, 35).contiguous(memory_format=CHANNELS_LAST)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours.to(dtype), theirs.to(dtype)
+        for mode in (True, False):
+            assert_same_bits(ours, theirs, x.to(dtype), mode)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contiguous_weights_match_the_default_layout(name, dtype):
+    ours, theirs = twins(name, channels_last=False)
+    assert all(p.is_contiguous() for p in ours.parameters())
+    for mode in (True, False):
+        assert_same_bits(ours.to(dtype), theirs.to(dtype), torch.randn(2, 3, 33, 35, dtype=dtype), mode)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(num_classes=10, zero_init_residual=True),
+        dict(replace_stride_with_dilation=[False, True, True]),
+        dict(norm_layer=lambda c: nn.GroupNorm(4, c)),
+        dict(width_per_group=32),
+    ],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_torchvisions_arguments(kwargs):
+    ours, theirs = twins("resnet50", **kwargs)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=CHANNELS_LAST)
+    for mode in (True, False):
+        with torch.no_grad():
+            assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
+
+
+def test_stride_in_1x1_is_the_papers_v1():
+    model = resnet_fused.resnet50(stride_in_1x1=True)
+    for stage in (model.layer2, model.layer3, model.layer4):
+        assert stage[0].conv1.stride == (2, 2) and stage[0].conv2.stride == (1, 1)
+        assert stage[1].conv1.stride == (1, 1)
+    assert model.layer1[0].conv1.stride == (1, 1)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="stride_in_1x1"):
+        resnet_fused.resnet18(stride_in_1x1=True)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: get_model("resnet49"), "unknown model 'resnet49'; there are: resnet18"),
+        (lambda: resnet_fused.resnet50(replace_stride_with_dilation=[True]), "3 elements, got \\[True\\]"),
+        (lambda: resnet_fused.resnext50_32x4d(groups=2), "takes groups=32, got groups=2"),
+        (lambda: resnet_fused.resnet18(groups=2), "groups=1 and base_width=64, got groups=2"),
+    ],
+)
+def test_errors_name_the_argument(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_block_of_the_users_own():
+    class Block(resnet_fused.BasicBlock):
+        def __init__(self, inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1, norm_layer=None):
+            super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+
+    assert ResNet(Block, [1, 1, 1, 1], num_classes=3)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_weight_enums_are_torchvisions():
+    from resnet_fused.models import ResNeXt101_64X4D_Weights
+
+    assert ResNeXt101_64X4D_Weights is torchvision.models.ResNeXt101_64X4D_Weights
+    assert resnet_fused.ResNet50_Weights is torchvision.models.ResNet50_Weights
+    with pytest.raises(AttributeError):
+        _ = resnet_fused.VGG16_Weights
+
+
+def is_channels_last(model):
+    return all(
+        m.weight.is_contiguous(memory_format=CHANNELS_LAST) for m in model.modules() if isinstance(m, nn.Conv2d)
+    ) and not model.layer1[0].conv2.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16).to("cpu"),
+        lambda m: m.load_state_dict(torchvision.models.resnet18().state_dict()) and m,
+    ],
+    ids=["deepcopy", "pickle", "half", "to", "load_state_dict"],
+)
+def test_weights_keep_channels_last(change):
+    assert is_channels_last(change(resnet_fused.resnet18()))
+
+
+def test_state_dict_goes_both_ways():
+    ours, theirs = resnet_fused.resnet18().eval(), torchvision.models.resnet18().eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=CHANNELS_LAST)
+    assert torch.equal(ours(x), theirs.to(memory_format=CHANNELS_LAST)(x))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_feature_extractor(backend):
+    ours, theirs = twins("resnet18")
+    ours.eval(), theirs.eval()
+    nodes = {"layer1": "a", "layer3.1": "b", "avgpool": "c", "fc": "d"}
+    x = torch.randn(2, 3, 64, 64)
+    with resnet_fused.backend(backend), torch.no_grad():
+        got = create_feature_extractor(ours, nodes)(x)
+        expected = create_feature_extractor(theirs, nodes)(x)
+        assert list(got) == list(expected)
+        for key in got:
+            torch.testing.assert_close(got[key], expected[key], rtol=0, atol=0 if backend == "auto" else 2e-5)
+
+
+def test_fx_trace_keeps_the_block_a_leaf():
+    model = resnet_fused.resnet18().eval()
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(traced(x), model(x))
+    assert sum(n.op == "call_function" and n.target is resnet_fused.layers.run for n in traced.graph.nodes) == 9
+    with torch.no_grad():
+        traced.train()(x + 1), model.eval()
+        assert torch.equal(traced.eval()(x), model(x))  # train mode reached the traced BN: shared running statistics

@@ -1,0 +1,212 @@
+"""The operators' contracts: numbers, gradients, layouts, registration, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import resnet_fused
+from resnet_fused import ops, testing
+from resnet_fused.testing import CASES, DTYPES, LAYOUTS, Case, check, make_inputs
+
+SMALL = [case for case in CASES if not case.large]
+FUSED = ["triton"]  # what runs without a GPU, in the interpreter
+ids = {"ids": lambda v: v.id if isinstance(v, Case) else str(v).removeprefix("torch.")}
+
+
+@pytest.mark.parametrize("case", SMALL, **ids)
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_within_budget_of_float64(case, dtype, backend):
+    with resnet_fused.backend(backend):
+        for layout in LAYOUTS:
+            check(case, dtype=dtype, layout=layout)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)),
+    inputs=st.sets(st.sampled_from(["residual", "pre_add"])),
+    act=st.sampled_from(["relu", "none"]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+def test_batch_norm_act_of_any_shape(shape, inputs, act, dtype, seed):
+    case = Case("drawn", "batch_norm_act", shape, None, {"training": False, "act": act}, frozenset(inputs))
+    with resnet_fused.backend("triton"):
+        check(case, dtype=dtype, seed=seed)
+
+
+def gradients(case, function, args, kwargs):
+    """Gradients of a fixed functional of the results for every argument that may have one."""
+    constants = 2 if case.op == "conv_bn_act" else 3  # positions from here on: frozen BN vectors, or the statistics
+    args, kwargs = testing.map_tensors((args, kwargs), torch.Tensor.detach)
+    leaves = [a for a in args[:constants] if a is not None]
+    leaves += [kwargs[k] for k in ("residual", "pre_add", "bias") if k in kwargs]
+    leaves += [v for v in kwargs.get("residual_bn", ())[:2] if v is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    results = testing.as_tuple(function(*args, **kwargs))
+    loss = sum((r * torch.randn(r.shape, generator=generator).to(r)).sum() for r in results)
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.id != "bn-large-mean"], **ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **ids)
+def test_gradients_within_budget_of_float64(case, dtype):
+    args, kwargs = make_inputs(case, dtype=dtype)
+    reference = testing.REFERENCES[case.op]
+    oracle = gradients(case, reference, *testing.map_tensors((args, kwargs), torch.Tensor.double))
+    plain = gradients(case, reference, args, kwargs)
+    with resnet_fused.backend("triton"):
+        fused = gradients(case, testing.OPS[case.op], args, kwargs)
+    for i, (o, p, f) in enumerate(zip(oracle, plain, fused, strict=True)):
+        error, budget = testing.largest(f.double() - o), 2 * testing.largest(p.double() - o)
+        budget += torch.finfo(dtype).eps * testing.largest(o)
+        assert f.dtype == p.dtype and f.shape == p.shape
+        assert error <= budget, f"{case.id}: gradient {i} is off by {error:.3g}, the budget is {budget:.3g}"
+
+
+def test_gradcheck_of_the_reference():
+    for case in SMALL:
+        if case.id in ("bn-pre-add-join", "bn-10-channels", "bn-two-bn-join-none", "conv-3x3-join", "conv-bias"):
+            small = Case("small", case.op, (1, 4, 3, 2), case.kernel and (3, *case.kernel[1:]), case.options, case.inputs)
+            args, kwargs = make_inputs(small, dtype=torch.float64)
+            torch.manual_seed(0)
+            args, kwargs = testing.map_tensors((args, kwargs), lambda t: t.double().requires_grad_())
+            for bn in (args[-4:], kwargs.get("residual_bn", ())):
+                for statistic in bn[2:]:
+                    statistic.requires_grad_(False)
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            assert torch.autograd.gradcheck(
+                lambda *_, c=case, a=args, k=kwargs: testing.REFERENCES[c.op](*a, **k), [t for t in tensors if t.requires_grad]
+            )
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_double_backward_raises(op):
+    case = next(c for c in SMALL if c.op == op)
+    args, kwargs = make_inputs(case, dtype=torch.float32)
+    x = args[0].requires_grad_()
+    with resnet_fused.backend("triton"):
+        (dx,) = torch.autograd.grad(testing.OPS[op](x, *args[1:], **kwargs).pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+def raw_arguments(case, dtype, layout):
+    """Arguments of the registered operator under the public function."""
+    args, kwargs = make_inputs(case, dtype=dtype, layout=layout)
+    relu, eps = kwargs.get("act", "relu") == "relu", 1e-5
+    if case.op == "batch_norm_act":
+        bn2 = kwargs.get("residual_bn", (None,) * 4)
+        return (*args, eps, kwargs.get("residual"), *bn2, kwargs.get("pre_add"), relu)
+    pairs = [[kwargs.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    return (*args[:2], kwargs.get("bias"), *args[2:], eps, *pairs, kwargs.get("groups", 1), kwargs.get("residual"), relu)
+
+
+@pytest.mark.parametrize("case", SMALL, **ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(case, layout):
+    name = {"batch_norm_act": "batch_norm_act_apply", "conv_bn_act": "conv_bn_act"}[case.op]
+    op = getattr(torch.ops.resnet_fused, name).default
+    with resnet_fused.backend("triton"):
+        torch.library.opcheck(op, raw_arguments(case, torch.float32, layout))
+
+
+@pytest.mark.parametrize("case", SMALL, **ids)
+def test_inputs_are_left_alone_and_layout_is_kept(case):
+    for backend in ("eager", *FUSED):
+        args, kwargs = make_inputs(case, dtype=torch.float32, layout="contiguous")
+        before = testing.map_tensors((args, kwargs), torch.Tensor.clone)
+        with resnet_fused.backend(backend):
+            y = testing.as_tuple(testing.OPS[case.op](*args, **kwargs))[0]
+        for now, then in zip(flat(args, kwargs), flat(*before), strict=True):
+            assert torch.equal(now, then)
+        if backend == "eager" and case.kernel is None:
+            assert y.is_contiguous()
+        if backend != "eager":
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def flat(args, kwargs):
+    found = []
+    testing.map_tensors((args, kwargs), found.append)
+    return found
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_propagate_as_in_eager(backend, value):
+    for case in SMALL:
+        args, kwargs = make_inputs(case, dtype=torch.float32)
+        if args[0].numel():
+            args[0][-1, 0, 0, 0] = value
+            with resnet_fused.backend(backend):
+                results = testing.as_tuple(testing.OPS[case.op](*args, **kwargs))
+            expected = testing.as_tuple(testing.REFERENCES[case.op](*args, **kwargs))
+            for r, e in zip(results, expected, strict=True):
+                assert torch.equal(r.isnan(), e.isnan()) and torch.equal(r.isposinf(), e.isposinf()), case.id
+
+
+def test_two_runs_give_the_same_bits():
+    for case in SMALL:
+        args, kwargs = make_inputs(case, dtype=torch.bfloat16)
+        with resnet_fused.backend("triton"):
+            first, second = (testing.as_tuple(testing.OPS[case.op](*args, **kwargs)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_training_is_batch_norms():
+    for kwargs in (dict(), dict(momentum=0.3), dict(act="none")):
+        case = next(c for c in SMALL if c.id == "bn-two-bn-join")
+        (x, w, b, mean, var), inputs = make_inputs(case, dtype=torch.float32)
+        r, (w2, b2, mean2, var2) = inputs["residual"], inputs["residual_bn"]
+        stats = [t.clone() for t in (mean, var, mean2, var2)]
+        momentum = kwargs.get("momentum", 0.1)
+        y = ops.batch_norm_act(
+            x, w, b, mean, var, residual=r, residual_bn=(w2, b2, mean2, var2), training=True, **kwargs
+        )
+        expected = F.batch_norm(x, *stats[:2], w, b, True, momentum) + F.batch_norm(r, *stats[2:], w2, b2, True, momentum)
+        assert torch.equal(y, expected if kwargs.get("act") == "none" else expected.relu())
+        assert all(torch.equal(a, b) for a, b in zip((mean, var, mean2, var2), stats, strict=True))
+
+
+def test_one_value_per_channel_is_no_statistic():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ops.batch_norm_act(torch.randn(1, 3, 1, 1), None, None, None, None, training=True)
+
+
+X, V = torch.randn(2, 4, 5, 5), torch.ones(4)
+W = torch.randn(6, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ops.batch_norm_act(X[0], V, V, V, V), r"x must have 4 dimensions \[N, C, H, W\], got shape \(4, 5, 5\)"),
+        (lambda: ops.batch_norm_act(X.long(), V, V, V, V), "x must be of a floating-point dtype, got torch.int64"),
+        (lambda: ops.batch_norm_act(X, V[:3], V, V, V), r"weight must have shape \(4,\).*got \(3,\)"),
+        (lambda: ops.batch_norm_act(X, V, V, V, None), "given together, got running_mean and running_var=None"),
+        (lambda: ops.batch_norm_act(X, V, V, V, V, act="gelu"), 'act must be "relu" or "none", got \'gelu\''),
+        (lambda: ops.batch_norm_act(X, V, V, V, V, residual=X[:1]), r"residual must have shape \(2, 4, 5, 5\)"),
+        (lambda: ops.batch_norm_act(X, V, V, V, V, pre_add=X.double()), "pre_add must have .* torch.float32"),
+        (lambda: ops.batch_norm_act(X, V, V, V, V, residual_bn=(V, V, V, V)), "residual_bn needs a residual"),
+        (
+            lambda: ops.batch_norm_act(X, V, V, V, V, residual=X, residual_bn=(V, V, V[:2], V)),
+            r"residual_bn's running_mean must have shape \(4,\)",
+        ),
+        (lambda: ops.conv_bn_act(X, W[:, :3], V, V, V, V), r"weight must have shape .*got \(6, 3, 3, 3\)"),
+        (lambda: ops.conv_bn_act(X, W, V, V, V, V), r"bn_weight must have shape \(6,\)"),
+        (lambda: ops.conv_bn_act(X, W, *[None] * 4, stride=0), "stride must be .* at least 1, got 0"),
+        (lambda: ops.conv_bn_act(X, W, *[None] * 4, padding=(1, 1, 1)), "padding must be .* a pair"),
+        (lambda: ops.conv_bn_act(X, W, *[None] * 4, residual=X), r"residual must have shape \(2, 6, 3, 3\)"),
+        (lambda: ops.conv_bn_act(X, W, torch.ones(6), None, None, None), "running_mean and running_var must be given"),
+        (lambda: ops.conv_bn_act(X, W, *[None] * 4, groups=3), "divisible by groups=3"),
+    ],
+)
+def test_errors_name_the_argument_and_what_is_accepted(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
