@@ -14,7 +14,7 @@ part() { # name, seconds, command...
   local name=$1 limit=$2 began=$SECONDS status=0
   shift 2
   echo "== $name: $*"
-  timeout --signal=INT --kill-after=5 "$limit" "$@" || status=$?
+  timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?
   echo "== $name: exit status $status after $((SECONDS - began)) s"
   parts+=("  \"$name\": {\"status\": $status, \"seconds\": $((SECONDS - began))}")
   ((status == 0)) || failed=1
@@ -28,8 +28,8 @@ if command -v nvcc >/dev/null; then
   RESNET_FUSED_FORCE_CUDA=1 part build 120 "$python" -m pip install --no-build-isolation --no-deps -q -e .
 fi
 part tests 150 "$python" -m pytest -q -m gpu
-part ops 100 "$python" benchmarks/ops.py --dtypes float16 --out "$out"
-part resnet 140 "$python" benchmarks/resnet.py --dtypes float16 --batches 256 1 --out "$out"
+part ops 95 "$python" benchmarks/ops.py --dtypes float16 --out "$out"
+part resnet 130 "$python" benchmarks/resnet.py --dtypes float16 --batches 256 1 --out "$out"
 
 {
   echo "{"

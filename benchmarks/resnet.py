@@ -50,6 +50,8 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, ImportError, OSError) as error:
         print(f"benchmarks/resnet.py: error: {error}", file=sys.stderr)
         sys.exit(2)

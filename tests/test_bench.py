@@ -127,6 +127,16 @@ def test_wrong_variant_is_refused_and_not_timed(plant, timed, wrong):
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("factor", [1.001, math.nan, math.inf])
+def test_variant_that_need_not_have_the_same_bits_is_refused_for_its_error(monkeypatch, timed, factor):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: lambda x: model(x) * factor)
+    report = bench.run(variants=["torchvision-compile", "torchvision-nhwc"], **SMALL)
+    assert by_name(report)["torchvision-compile"].status == "refused"
+    assert timed == ["torchvision-nhwc"] and not report.ok
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_refused_variant_gives_exit_status_1(plant, timed, capsys):
     plant(lambda logits: logits + 1)
     small = ("--model", "resnet18", "--batch", 1, "--image-size", 64, "--device", "cpu")

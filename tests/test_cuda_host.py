@@ -91,9 +91,19 @@ def test_nan_and_infinity_as_in_eager(dtype, C):
 def test_the_mean_is_subtracted_first():
     C = 64
     x = image(1, C, 8, 8, dtype=torch.float32) + 1e3
-    mean, var, weight, bias = torch.full((C,), 1e3), torch.ones(C), torch.ones(C), torch.zeros(C)
+    mean, var, weight, bias = torch.full((C,), 1e3), torch.ones(C), torch.linspace(0.1, 0.9, C), torch.zeros(C)
     y, _ = host_cuda.host_batch_norm_act(x, weight, bias, mean, var, 0.0, None, *[None] * 4, None, False)
-    assert torch.equal(y, x - 1e3)
+    oracle = weight.double()[:, None, None] * (x.double() - 1e3)
+    assert (y - oracle).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_sum_is_rounded_before_it_is_normalised(dtype):
+    C = 24
+    x, pre_add = image(2, C, 3, 5, dtype=dtype) + 64, image(2, C, 3, 5, dtype=dtype, seed=1)
+    mean, var = torch.full((C,), 64.0), torch.ones(C)
+    y, total = host_cuda.host_batch_norm_act(x, None, None, mean, var, 0.0, None, *[None] * 4, pre_add, False)
+    assert torch.equal(y, total - 64)
 
 
 def test_the_guards_see_a_stray_write():

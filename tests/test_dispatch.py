@@ -84,7 +84,9 @@ def test_the_environment_variable_chooses():
     code = "import resnet_fused; print(resnet_fused._registry.get_backend())"
     assert python(code, RESNET_FUSED_BACKEND="eager").stdout == "eager\n"
     assert python(code).stdout == "auto\n"
-    assert "RESNET_FUSED_BACKEND: backend must be one of" in python(code, RESNET_FUSED_BACKEND="x").stderr.splitlines()[-1]
+    use = "import resnet_fused, torch; resnet_fused.resnet18()(torch.randn(2, 3, 64, 64))"
+    message = python(use, RESNET_FUSED_BACKEND="x").stderr.splitlines()[-1]
+    assert "BackendUnavailable" in message and "RESNET_FUSED_BACKEND must be one of auto, cuda, triton" in message
 
 
 def test_without_triton_and_torchvision_the_package_works():

@@ -17,9 +17,10 @@ RANKS = [
     {"layers"},
     {"ops"},
     {"_registry"},
+    {"_trust"},
     {"_cuda", "_triton", "_cudnn", "_onednn"},
 ]
-STANDALONE = {"_version", "fetch"}  # import nothing of the package
+STANDALONE = {"_version", "_store", "fetch"}  # import nothing of the package but each other
 
 
 def rank(part: str) -> int:

@@ -29,7 +29,7 @@ def time_rounds(
     The calls must have run before.
     """
     names = list(calls)
-    repeats = {name: math.ceil(min_sample_ms / max(_sample_ms(calls[name], 2, device), 1e-3)) for name in names}
+    repeats = {name: math.ceil(min_sample_ms / max(_sample_ms(calls[name], 1, device), 1e-3)) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     for i in track(range(1, rounds + 1), "timing round") if names else ():

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _registry
+from .. import _onednn, _registry
 from . import _checks
 from ._library import register
 from .batch_norm_act import launch as launch_bn
@@ -80,11 +80,12 @@ def fake(x: Tensor, weight: Tensor, *args) -> Tensor:
 
 def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     """Why a backend can't serve the call, or None; from metadata alone."""
-    if backend not in ("cuda", "triton"):
+    if backend not in ("cuda", "triton", "onednn"):
         return f"{backend} has no such operator"
     if weight.dtype != x.dtype:
         return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
-    return _checks.kernel_dtypes(x, vectors)
+    reason = _checks.kernel_dtypes(x, vectors)
+    return _onednn.unsupported(x.dtype) if backend == "onednn" and reason is None else reason
 
 
 def _impl(x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, residual, relu):
@@ -92,6 +93,9 @@ def _impl(x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, 
     choice = _registry.choose("conv_bn_act", x.device, lambda name: supported(name, x, weight, vectors))
     _registry.record("conv_bn_act", choice)
     x = x.contiguous(memory_format=torch.channels_last)
+    if choice.backend == "onednn":
+        args = (weight, bias, *vectors, eps, stride, padding, dilation, groups, residual, relu)
+        return _onednn.conv_bn_act(x, *args)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     epilogue = (bn_weight, bn_bias, mean, var, eps, residual, None, None, None, None, None, relu)
     return launch_bn(choice.backend, y, *epilogue)[0]
@@ -186,6 +190,8 @@ def conv_bn_act(
         _checks.like("residual", residual, out_shape(x, weight, stride, padding, dilation), x)
 
     def serves(name: str) -> str | None:
+        if name == "onednn" and _checks.needs_grad((x, weight, bias, bn_weight, bn_bias, residual)):
+            return "onednn has no gradients; call it under torch.no_grad() or torch.inference_mode()"
         if _checks.needs_grad((bn_weight, bn_bias)):
             return "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
         return supported(name, x, weight, (bn_weight, bn_bias, running_mean, running_var))

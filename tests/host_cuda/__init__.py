@@ -79,33 +79,13 @@ class Output:
         return self.tensor
 
 
-def host_batch_norm_act(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    residual_mean: Tensor | None,
-    residual_var: Tensor | None,
-    pre_add: Tensor | None,
-    relu: bool,
-    *,
-    max_threads: int = 132 * 2048,
-    offset: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """`resnet_fused_cuda::batch_norm_act` on CPU tensors; offset moves the outputs off their 64-byte alignment."""
-    return run(
-        x, weight, bias, mean, var, eps, residual, residual_weight, residual_bias, residual_mean, residual_var,
-        pre_add, relu, max_threads=max_threads, offset=offset,
-    )[:2]  # fmt: skip
+def host_batch_norm_act(x: Tensor, *args, **options: int) -> tuple[Tensor, Tensor]:
+    """`resnet_fused_cuda::batch_norm_act` on CPU tensors, with its arguments and the options of `run`."""
+    return run(x, *args, **options)[:2]
 
 
-def run(x: Tensor, *args, max_threads: int, offset: int = 0) -> tuple[Tensor, Tensor, int]:
-    """y, the sum and the number of blocks."""
+def run(x: Tensor, *args, max_threads: int = 132 * 2048, offset: int = 0) -> tuple[Tensor, Tensor, int]:
+    """y, the sum and the number of blocks; an offset moves the outputs off their 64-byte alignment, in elements."""
     weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, pre_add, relu = args
     inputs = (x, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, pre_add)
     for t in (x, residual, pre_add):

@@ -56,6 +56,8 @@ def problem(
     P, Q = _out_size(x_shape, weight_shape, stride, padding, dilation)
     M = N * P * Q
     pointwise = (R, S, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+    tensor_cores = dtype.itemsize == 2 or allow_tf32
+    aligned = C * dtype.itemsize % 16 == 0
     return Problem(
         M=M,
         K=K // groups,
@@ -63,9 +65,9 @@ def problem(
         taps=R * S,
         groups=groups,
         itemsize=dtype.itemsize,
-        tensor_cores=dtype.itemsize == 2 or allow_tf32,
+        tensor_cores=tensor_cores,
         flat=groups == 1 and C <= _FLAT_CHANNELS,
-        descriptors=pointwise and capability >= (9, 0) and C * dtype.itemsize % 16 == 0 and M < 2**31,
+        descriptors=pointwise and tensor_cores and aligned and capability >= (9, 0) and M < 2**31,
         multiprocessors=multiprocessors,
     )
 

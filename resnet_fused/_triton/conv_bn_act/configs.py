@@ -46,7 +46,7 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
     depth = p.taps * p.C if p.flat else p.pack * p.C
     deepest = 128 // p.itemsize if p.tensor_cores else 16  # a line of 128 bytes; without tensor cores registers count
     if p.flat:
-        deepest = 32
+        deepest = min(deepest, 32)
     elif p.pack > 1:
         deepest = GROUP_CHANNELS  # every group's channels in one step
     block_k = _power_of_2(16, depth, deepest)
@@ -56,7 +56,7 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m * block_n >= 128 * 128 or p.flat else 4,
+        "num_warps": 8 if block_m > 64 else 4,
         "num_stages": max(2, min(stages, steps, _SHARED // stage)),  # no more buffers than there are steps
         "descriptors": descriptors,
     }
@@ -65,7 +65,8 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
 def _tiles(p: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N), largest first."""
     if p.pack > 1:
-        return [(block_m, _power_of_2(16, p.pack * p.K, 1024)) for block_m in (128, 64)]
+        block_n = _power_of_2(16, p.pack * p.K, 1024)
+        return [(128, block_n), (64, block_n)] if p.tensor_cores else [(64, block_n), (32, block_n)]
     if not p.tensor_cores:
         return [(64, _power_of_2(16, p.K, 64)), (32, _power_of_2(16, p.K, 32))]
     widest = _power_of_2(16, p.K, 128)

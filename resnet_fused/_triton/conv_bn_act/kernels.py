@@ -8,6 +8,7 @@ from ..common import normalize, round_to
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _GROUP_M = tl.constexpr(8)  # row tiles that go through all column tiles together: their input stays in L2
+_STORE_N = tl.constexpr(32)
 
 
 @triton.jit
@@ -42,13 +43,9 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _finish(
     acc,  # [BLOCK_M, BLOCK_N]
-    bias,
-    bn_weight,
-    bn_bias,
-    mean,
-    var,
-    residual,
-    y,
+    vectors,  # (bias, bn_weight, bn_bias, mean, var), [K] or None each
+    residual,  # [M, K] or None
+    y,  # [M, K]
     eps,
     first_row,
     first_k,
@@ -59,21 +56,31 @@ def _finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    k = first_k + n
-    in_range = n < columns
-    mask = (row < rows)[:, None] & in_range[None, :]
-    base = first_row * K
-    offset = row[:, None] * K + k[None, :]
-    if bias is not None:
-        acc += tl.load(bias + k, in_range, other=0.0).to(tl.float32)[None, :]
-    acc = normalize(acc, bn_weight, bn_bias, mean, var, k, in_range, eps)
-    if residual is not None:
-        acc += tl.load(residual + base + offset, mask, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.where(acc <= 0, 0.0, acc)  # keeps NaN
-    tl.store(y + base + offset, round_to(acc, y.dtype.element_ty), mask)
+    """The epilogue and the store, _STORE_N columns at a time: a thread then holds few values of the vectors."""
+    if BLOCK_N > _STORE_N:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        _finish(left, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, HALF)
+        first_k += HALF
+        columns -= HALF
+        _finish(right, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, HALF)
+    else:
+        row = tl.arange(0, BLOCK_M)
+        n = tl.arange(0, BLOCK_N)
+        k = first_k + n
+        in_range = n < columns
+        mask = (row < rows)[:, None] & in_range[None, :]
+        base = first_row * K
+        offset = row[:, None] * K + k[None, :]
+        bias, bn_weight, bn_bias, mean, var = vectors
+        if bias is not None:
+            acc += tl.load(bias + k, in_range, other=0.0).to(tl.float32)[None, :]
+        acc = normalize(acc, bn_weight, bn_bias, mean, var, k, in_range, eps)
+        if residual is not None:
+            acc += tl.load(residual + base + offset, mask, other=0.0).to(tl.float32)
+        if RELU:
+            acc = tl.where(acc <= 0, 0.0, acc)  # keeps NaN
+        tl.store(y + base + offset, round_to(acc, y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -169,25 +176,8 @@ def conv_kernel(
             tap = tl.where(next_tap, tap + 1, tap)
             first_c = tl.where(next_tap, 0, first_c)
 
-    _finish(
-        acc,
-        bias,
-        bn_weight,
-        bn_bias,
-        mean,
-        var,
-        residual,
-        y,
-        eps,
-        first_row,
-        first_k,
-        rows,
-        columns,
-        GROUPS * K,
-        RELU,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    vectors = (bias, bn_weight, bn_bias, mean, var)
+    _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, GROUPS * K, RELU, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -214,29 +204,14 @@ def pointwise_kernel(
     """1x1, stride 1: a GEMM whose tiles the tensor memory accelerator brings, zeros beyond the edges."""
     first_row, column_tile = _tile(M, tl.cdiv(K, BLOCK_N), BLOCK_M)
     first_k = column_tile * BLOCK_N
+    rows = M - first_row
+    columns = K - first_k
     row = first_row.to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first_c in range(0, C, BLOCK_K):
         acc = _dot(x.load([row, first_c]), weight.load([first_k, first_c]).T, acc, PRECISION)
-    _finish(
-        acc,
-        bias,
-        bn_weight,
-        bn_bias,
-        mean,
-        var,
-        residual,
-        y,
-        eps,
-        first_row,
-        first_k,
-        M - first_row,
-        K - first_k,
-        K,
-        RELU,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    vectors = (bias, bn_weight, bn_bias, mean, var)
+    _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -283,7 +258,8 @@ def stem_kernel(
     rows = M - first_row
     in_rows = tl.arange(0, BLOCK_M) < rows
     n = tl.arange(0, BLOCK_N)
-    in_columns = n < K - first_k
+    columns = K - first_k
+    in_columns = n < columns
     pixel = image * stride_n + h.to(tl.int64) * stride_h + w * stride_w
     weight_tile = weight + (first_k + n) * (R * S * C)
 
@@ -301,22 +277,5 @@ def stem_kernel(
         b = tl.load(weight_tile[None, :] + rsc[:, None], in_taps & in_columns[None, :], other=0.0)
         acc = _dot(a.T, b, acc, PRECISION)
 
-    _finish(
-        acc,
-        bias,
-        bn_weight,
-        bn_bias,
-        mean,
-        var,
-        residual,
-        y,
-        eps,
-        first_row,
-        first_k,
-        rows,
-        K - first_k,
-        K,
-        RELU,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    vectors = (bias, bn_weight, bn_bias, mean, var)
+    _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, BLOCK_N)

@@ -1,0 +1,28 @@
+PYTHON ?= python
+
+.PHONY: install lint format test bench aot gpu
+
+install:  ## editable, with everything a contributor needs
+	$(PYTHON) -m pip install -e ".[test,bench,demo]" ruff clang-format
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	clang-format --dry-run --Werror $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
+
+test:
+	$(PYTHON) -m pytest
+
+bench:
+	$(PYTHON) benchmarks/resnet.py
+
+aot:  ## compile every kernel's configurations for GPUs that need not be there
+	$(PYTHON) tests/aot.py
+
+gpu:  ## build, test and measure on this machine's GPU; results into benchmarks/results or $$OUT
+	PYTHON=$(PYTHON) benchmarks/gpu.sh

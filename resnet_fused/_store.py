@@ -1,0 +1,85 @@
+"""What is remembered between runs, as JSON in the cache folder: written by atomic replace, never trusted blindly."""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._version import __version__
+
+
+def cache_dir() -> Path:
+    """RESNET_FUSED_HOME, or `resnet_fused` under XDG_CACHE_HOME or ~/.cache; it need not exist."""
+    home = os.environ.get("RESNET_FUSED_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() if home else Path(cache).expanduser() / "resnet_fused"
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a verdict or a timing depends on: the device, its driver and the versions."""
+    if device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
+        driver = str(torch._C._cuda_getDriverVersion())
+    else:
+        name, driver = device.type, "none"
+    triton = "none"
+    if torch.utils._triton.has_triton_package():
+        import triton as package
+
+        triton = package.__version__
+    versions = {"torch": torch.__version__, "triton": triton, "resnet_fused": __version__, "kernels": _kernels_digest()}
+    return {"device": name, "driver": driver, **versions}
+
+
+@functools.cache
+def _kernels_digest() -> str:
+    """Of the kernels' sources and the compiled module: an edited kernel is another version."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*package.rglob("_triton/**/*.py"), *package.glob("_C*.so")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Store:
+    """The entries of one kind, `verdicts` or `tuned`, for one device; a damaged or unwritable file is a warning."""
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self.environment = environment(device)
+        slug = "".join(c if c.isalnum() else "-" for c in self.environment["device"])
+        self.path = cache_dir() / f"{kind}-{slug}.json"
+        self.entries: dict[str, Any] = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text())
+            if content["environment"] == self.environment and isinstance(content["entries"], dict):
+                return content["entries"]
+            problem = f"it was written for {content['environment']}, this is {self.environment}"
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"it can't be read ({type(error).__name__}: {error})"
+        warnings.warn(f"resnet_fused: {self.path} is left aside: {problem}", stacklevel=2)
+        return {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.entries[key] = value
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
+                temporary = file.name
+                json.dump({"environment": self.environment, "entries": self.entries}, file, indent=1)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            warnings.warn(f"resnet_fused: {self.path} can't be written ({error}); nothing is remembered", stacklevel=2)

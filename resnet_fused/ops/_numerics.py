@@ -1,0 +1,81 @@
+"""The error budget: what a kernel's numbers are held against, in tests and before its first use.
+
+The oracle is the reference in float64. A result passes when its error, the largest absolute difference, is at most twice
+that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24 times the same
+formula on absolute values.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
+    """The nested tuples and dicts of arguments with f applied to every tensor."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, f) for k, v in value.items()}
+    return tuple(map_tensors(v, f) for v in value) if isinstance(value, tuple) else value
+
+
+def absolute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which a reference computes its formula on absolute values: |s| * (|z| + |mean|) + |bias| + |r|.
+
+    The last four of args and kwargs["residual_bn"] are BN's weight, bias, mean and variance.
+    """
+    args, kwargs = map_tensors((args, kwargs), Tensor.abs)
+
+    def negate_mean(bn: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*bn[:2], None if bn[2] is None else -bn[2], bn[3])
+
+    if kwargs.get("residual_bn") is not None:
+        kwargs["residual_bn"] = negate_mean(kwargs["residual_bn"])
+    return (*args[:-4], *negate_mean(args[-4:])), kwargs
+
+
+def budgets(reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, float]]:
+    """For every result of the call: its float64 oracle and the error that is allowed."""
+    double = map_tensors((args, kwargs), Tensor.double)
+    oracles = as_tuple(reference(*double[0], **double[1]))
+    plains = as_tuple(reference(*args, **kwargs))
+    absolute_args, absolute_kwargs = absolute(*double)
+    magnitudes = as_tuple(reference(*absolute_args, **absolute_kwargs))
+    for oracle, plain, magnitude in zip(oracles, plains, magnitudes, strict=True):
+        rounding = torch.finfo(plain.dtype).eps / 2 * largest(oracle)
+        yield oracle, 2 * largest(plain.double() - oracle) + rounding + 2**-24 * largest(magnitude)
+
+
+def mismatch(results: tuple[Tensor, ...], reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with the results of a call, or None where all are within the budget."""
+    for i, (result, (oracle, budget)) in enumerate(zip(results, budgets(reference, args, kwargs), strict=True)):
+        if result.shape != oracle.shape or result.dtype != args[0].dtype:
+            return f"result {i} is {result.dtype} {tuple(result.shape)}, not {args[0].dtype} {tuple(oracle.shape)}"
+        error = largest(result.double() - oracle)
+        if not error <= budget:  # NaN is not
+            return f"result {i} is off by {error:.3g}, the budget is {budget:.3g}"
+    return None
+
+
+class Draw:
+    """Random tensors like given ones, of at most two images; the caller's random state is left alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def like(self, t: Tensor, *, positive: bool = False, scale: float = 1.0) -> Tensor:
+        shape = (min(t.shape[0], 2), *t.shape[1:]) if t.dim() == 4 and scale == 1.0 else t.shape
+        values = torch.randn(shape, generator=self.generator, device=t.device) * scale
+        values = (values.tanh() / 2 + 1 if positive else values).to(t.dtype)
+        channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        return values.contiguous(memory_format=torch.channels_last) if channels_last else values
