@@ -21,7 +21,7 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 class _Folded(NamedTuple):
     """What one layer was folded from, by value, and the results."""
 
-    settings: tuple[object, ...]  # dtype of x, eps, convolution arguments
+    settings: tuple[object, ...]  # eps, padding, stride, dilation, groups
     sources: tuple[Tensor | None, ...]  # copies of weight, bias and BN vectors
     shift: Tensor | None  # [K]
     packed: dict[torch.Size, Tensor]  # shape of x -> weight
@@ -81,7 +81,7 @@ def conv_bn_act(
 
 def _folded(key: Tensor, x: Tensor, sources: tuple, eps: float, conv_args: tuple) -> tuple[Tensor, Tensor | None]:
     """Packed weight with BN's scale in it, and the shift [K] that is left."""
-    settings = x.dtype, eps, *map(str, conv_args)
+    settings = eps, *conv_args
     kept = _cache.get(key)
     if kept is None or kept.settings != settings or not all(map(_same_bits, sources, kept.sources)):
         copies = tuple(None if t is None else t.detach().clone() for t in sources)

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,10 @@ def environment(device: torch.device) -> dict[str, str]:
         driver = str(torch._C._cuda_getDriverVersion())
     else:
         name, driver = device.type, "none"
-    triton = "none"
-    if torch.utils._triton.has_triton_package():
-        import triton as package
-
-        triton = package.__version__
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
     versions = {"torch": torch.__version__, "triton": triton, "resnet_fused": __version__, "kernels": _kernels_digest()}
     return {"device": name, "driver": driver, **versions}
 

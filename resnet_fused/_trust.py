@@ -22,7 +22,7 @@ def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -
     if store is None:
         store = _stores[device] = Store("verdicts", device)
     if key not in store.entries:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _on_gpu(device) and torch.cuda.is_current_stream_capturing():
             reason = f"{key} was not checked before a CUDA graph was captured; run the model once before capture"
             _warn_once(f"resnet_fused: {reason}. This capture holds eager's kernels instead.")
             return reason
@@ -38,6 +38,10 @@ def forget() -> None:
     """Drop the verdicts in memory; those on disk are read anew."""
     _stores.clear()
     _warned.clear()
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _verdict(compare: Callable[[], str | None]) -> str:

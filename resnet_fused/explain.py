@@ -68,7 +68,8 @@ class _Explainer:
 
     def _row(self, step: layers.Step, add: bool = False) -> Row:
         parts = [type(step.conv).__name__, type(step.bn).__name__, *["add"] * add]
-        row = Row(self.names.get(step.conv, "?"), " + ".join(parts + [type(step.act).__name__] * (step.act is not None)))
+        parts += [] if step.act is None else [type(step.act).__name__]
+        row = Row(self.names.get(step.conv, "?"), " + ".join(parts))
         self.rows[step.conv] = row
         for module in (step.conv, step.bn, step.act):
             self.seen.update(module.modules() if module is not None else ())

@@ -51,14 +51,15 @@ class Case:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """The least that has to move: every operand read once, every result written once."""
-        images = [self.shape, self.out_shape]
-        images += [self.out_shape] * len(self.inputs & {"residual", "pre_add"}) + [self.out_shape] * ("pre_add" in self.inputs)
-        images += [self.weight_shape] if self.kernel else []
-        return sum(torch.Size(s).numel() for s in images) * dtype.itemsize
+        like_y = 1 + ("residual" in self.inputs) + 2 * ("pre_add" in self.inputs)  # pre_add is read, the sum written
+        tensors = [self.shape, *[self.out_shape] * like_y, *([self.weight_shape] if self.kernel else [])]
+        return sum(torch.Size(s).numel() for s in tensors) * dtype.itemsize
 
     def flops(self) -> int:
         """Two for each multiply-add of the convolution; 0 without one."""
-        return 0 if self.kernel is None else 2 * torch.Size(self.out_shape).numel() * torch.Size(self.weight_shape[1:]).numel()
+        if self.kernel is None:
+            return 0
+        return 2 * torch.Size(self.out_shape).numel() * torch.Size(self.weight_shape[1:]).numel()
 
 
 def _bn(id: str, shape: tuple[int, int, int, int], *inputs: str, **fields: Any) -> Case:
@@ -144,7 +145,7 @@ CASES = [
 def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0, layout: str = "channels_last"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `OPS[case.op]`; layout of the images: "channels_last", "contiguous" or "strided" (every other row)."""
+    """Arguments of `OPS[case.op]`; images "channels_last", "contiguous" or "strided" (every other row)."""
     generator = torch.Generator().manual_seed(seed)
 
     def image(shape: tuple[int, ...], mean: float = 0.0) -> Tensor:
@@ -194,7 +195,9 @@ def nan_filled_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def assert_within_budget(case: Case, results: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def assert_within_budget(
+    case: Case, results: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """AssertionError where a result is farther from float64 than the budget allows."""
     wrong = mismatch(results, REFERENCES[case.op], args, kwargs)
     assert wrong is None, f"{case.id}: {wrong}"

@@ -112,7 +112,7 @@ def test_stride_in_1x1_is_the_papers_v1():
         (lambda: get_model("resnet49"), "unknown model 'resnet49'; there are: resnet18"),
         (lambda: resnet_fused.resnet50(replace_stride_with_dilation=[True]), "3 elements, got \\[True\\]"),
         (lambda: resnet_fused.resnext50_32x4d(groups=2), "takes groups=32, got groups=2"),
-        (lambda: resnet_fused.resnet18(groups=2), "groups=1 and base_width=64, got groups=2"),
+        (lambda: resnet_fused.resnet18(groups=2), "groups=1, base_width=64, got groups=2"),
     ],
 )
 def test_errors_name_the_argument(build, message):
@@ -122,8 +122,8 @@ def test_errors_name_the_argument(build, message):
 
 def test_a_block_of_the_users_own():
     class Block(resnet_fused.BasicBlock):
-        def __init__(self, inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1, norm_layer=None):
-            super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        def __init__(self, inplanes, planes, stride=1, downsample=None, **torchvisions):
+            super().__init__(inplanes, planes, stride, downsample, **torchvisions)
 
     assert ResNet(Block, [1, 1, 1, 1], num_classes=3)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
@@ -138,9 +138,10 @@ def test_weight_enums_are_torchvisions():
 
 
 def is_channels_last(model):
-    return all(
-        m.weight.is_contiguous(memory_format=CHANNELS_LAST) for m in model.modules() if isinstance(m, nn.Conv2d)
-    ) and not model.layer1[0].conv2.weight.is_contiguous()
+    return (
+        all(m.weight.is_contiguous(memory_format=CHANNELS_LAST) for m in model.modules() if isinstance(m, nn.Conv2d))
+        and not model.layer1[0].conv2.weight.is_contiguous()
+    )
 
 
 @pytest.mark.parametrize(

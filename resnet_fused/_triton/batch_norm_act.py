@@ -73,7 +73,7 @@ def apply(
     pre_add: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and x + pre_add (of no elements without a pre_add); x, residual and pre_add dense channels_last [N, C, H, W]."""
+    """y and x + pre_add (of no elements without one); x, residual and pre_add dense channels_last [N, C, H, W]."""
     N, C, H, W = x.shape
     M = N * H * W
     y = torch.empty_like(x, memory_format=torch.channels_last)

@@ -46,7 +46,7 @@ def list_models() -> list[str]:
 
 
 def get_model(name: str, **kwargs: Any) -> nn.Module:
-    """The model of that name, e.g. `get_model("resnet50", weights=None, num_classes=10)`; ValueError for an unknown name."""
+    """The model of that name, e.g. `get_model("resnet50", num_classes=10)`; ValueError for an unknown name."""
     if name not in _BUILDERS:
         raise ValueError(f"unknown model {name!r}; there are: {', '.join(_BUILDERS)}")
     return _BUILDERS[name](**kwargs)

@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         if groups != 1 or base_width != 64:
-            raise ValueError(f"BasicBlock takes groups=1 and base_width=64, got groups={groups}, base_width={base_width}")
+            raise ValueError(f"BasicBlock takes groups=1, base_width=64, got groups={groups}, base_width={base_width}")
         if dilation > 1:
             raise NotImplementedError(f"BasicBlock takes dilation=1, got {dilation}")
         if stride_in_1x1:
@@ -130,7 +130,7 @@ class ResNet(nn.Module):
         zero_init_residual: start every residual branch at zero (https://arxiv.org/abs/1706.02677).
         groups, width_per_group: cardinality and width of the 3x3 convolutions (ResNeXt, wide ResNet).
         replace_stride_with_dilation: three flags; where true, a stage dilates instead of striding.
-        norm_layer: constructor of the normalisation, `nn.BatchNorm2d` by default; only BatchNorm2d and SyncBatchNorm fuse.
+        norm_layer: constructor of the normalisation, `nn.BatchNorm2d` by default; it and SyncBatchNorm are fused.
         stride_in_1x1: put a stage's stride on the first 1x1 convolution, as in the paper (v1), not on the 3x3 (v1.5).
         channels_last: keep the convolutions' weights in channels_last; False leaves them contiguous, for FSDP2, LBFGS
             and safetensors' own `save_file`, which refuse the other layout.
@@ -284,12 +284,16 @@ def resnext50_32x4d(*, weights: WeightsArg = None, progress: bool = True, **kwar
 
 def resnext101_32x8d(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101 32x8d of https://arxiv.org/abs/1611.05431; arguments and shapes as `resnet18`."""
-    return _resnet("resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, groups=32, width_per_group=8)
+    return _resnet(
+        "resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, groups=32, width_per_group=8
+    )
 
 
 def resnext101_64x4d(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101 64x4d of https://arxiv.org/abs/1611.05431; arguments and shapes as `resnet18`."""
-    return _resnet("resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, groups=64, width_per_group=4)
+    return _resnet(
+        "resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, groups=64, width_per_group=4
+    )
 
 
 def wide_resnet50_2(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:

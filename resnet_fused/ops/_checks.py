@@ -42,12 +42,12 @@ def act(value: str) -> None:
 
 
 def kernel_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
-    """Why the fused kernels can't take these dtypes, or None: 16-bit or float32 x, BN vectors all float32 or all x's."""
+    """Why the fused kernels can't take these dtypes, or None; BN vectors are all float32 or all of x's dtype."""
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; the kernels serve float16, bfloat16 and float32"
     dtypes = {v.dtype for v in vectors if v is not None}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, x.dtype}:
-        return f"the BN vectors are {sorted(map(str, dtypes))}; the kernels take them all in float32 or all in x's {x.dtype}"
+        return f"the BN vectors are {sorted(map(str, dtypes))}; the kernels take all in float32 or all in {x.dtype}"
     return None
 
 

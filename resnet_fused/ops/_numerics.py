@@ -1,8 +1,8 @@
 """The error budget: what a kernel's numbers are held against, in tests and before its first use.
 
-The oracle is the reference in float64. A result passes when its error, the largest absolute difference, is at most twice
-that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24 times the same
-formula on absolute values.
+The oracle is the reference in float64. A result passes when its error, the largest absolute difference, is at most
+twice that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24 times the
+same formula on absolute values.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +56,9 @@ def budgets(reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         yield oracle, 2 * largest(plain.double() - oracle) + rounding + 2**-24 * largest(magnitude)
 
 
-def mismatch(results: tuple[Tensor, ...], reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def mismatch(
+    results: tuple[Tensor, ...], reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     """What is wrong with the results of a call, or None where all are within the budget."""
     for i, (result, (oracle, budget)) in enumerate(zip(results, budgets(reference, args, kwargs), strict=True)):
         if result.shape != oracle.shape or result.dtype != args[0].dtype:

@@ -126,8 +126,8 @@ def _reference_arguments(x: Tensor, args: tuple) -> tuple[tuple, dict]:
     """The registered operator's arguments as those of `reference`."""
     weight, bias, mean, var, eps, residual, *residual_bn, pre_add, relu = args
     bn2 = None if residual_bn[2] is None else tuple(residual_bn)
-    kwargs = dict(residual=residual, residual_bn=bn2, pre_add=pre_add, training=False, eps=eps, act="relu" if relu else "none")
-    return (x, weight, bias, mean, var), kwargs
+    kwargs = dict(residual=residual, residual_bn=bn2, pre_add=pre_add, training=False, eps=eps)
+    return (x, weight, bias, mean, var), kwargs | {"act": "relu" if relu else "none"}
 
 
 def _reference_of(x: Tensor, args: tuple) -> Tensor | tuple[Tensor, Tensor]:
@@ -136,12 +136,13 @@ def _reference_of(x: Tensor, args: tuple) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def launch(backend: str, x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """Run the kernel of one backend; arguments as in SCHEMA, any dense or strided layout."""
-    args = list(args)
-    for i in (5, 10):  # residual, pre_add
-        args[i] = None if args[i] is None else args[i].contiguous(memory_format=torch.channels_last)
-    kernel = {"cuda": _cuda.batch_norm_act, "triton": _triton_kernels.apply}[backend]
-    return kernel(x.contiguous(memory_format=torch.channels_last), *args)
+    """Run the kernel of one backend; arguments as in SCHEMA, of any layout."""
+    x, *args = (a if not isinstance(a, Tensor) else _dense(a) for a in (x, *args))
+    return {"cuda": _cuda.batch_norm_act, "triton": _triton_kernels.apply}[backend](x, *args)
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
 
 
 _apply_op = register(SCHEMA, _impl, fake)

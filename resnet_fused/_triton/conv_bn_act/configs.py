@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 Config = dict[str, int | bool]
-GROUP_CHANNELS = 32  # small groups are packed until a tile has so many input channels
+GROUP_CHANNELS = 32  # small groups are packed into tiles of so many channels
 MIN_GROUP_CHANNELS = 8  # below, more than 3/4 of a packed tile's weights would be zeros
 _SHARED = 96 * 1024  # bytes that every GPU since 8.0 gives a program; two share a multiprocessor of an A100 or H100
 
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     @property
     def pack(self) -> int:
         """Groups in one tile."""
-        return max(1, GROUP_CHANNELS // self.C) if self.groups > 1 else 1
+        return max(1, GROUP_CHANNELS // max(self.C, self.K)) if self.groups > 1 else 1
 
     def programs(self, block_m: int, block_n: int) -> int:
         column_tiles = ceil(self.groups, self.pack) if self.pack > 1 else self.groups * ceil(self.K, block_n)
@@ -65,7 +65,7 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
 def _tiles(p: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N), largest first."""
     if p.pack > 1:
-        block_n = _power_of_2(16, p.pack * p.K, 1024)
+        block_n = _power_of_2(16, p.pack * p.K, GROUP_CHANNELS)
         return [(128, block_n), (64, block_n)] if p.tensor_cores else [(64, block_n), (32, block_n)]
     if not p.tensor_cores:
         return [(64, _power_of_2(16, p.K, 64)), (32, _power_of_2(16, p.K, 32))]
@@ -84,11 +84,13 @@ def config(p: Problem) -> Config:
 
 def candidates(p: Problem) -> list[Config]:
     """What a tuner may try, the default first."""
-    tiles = [t for t in _tiles(p) if p.programs(*t) >= p.multiprocessors // 4] or _tiles(p)[-1:]
+    default = config(p)
+    tiles = [t for t in _tiles(p) if 4 * p.programs(*t) >= p.multiprocessors] or _tiles(p)[-1:]
     if p.tensor_cores and p.pack == 1 and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
         tiles.append((128, 256))
-    found = [config(p)]
+    found = [default, default | {"num_stages": max(2, default["num_stages"] - 1)}]
+    if default["BLOCK_M"] * default["BLOCK_N"] <= 128 * 64:
+        found.append(default | {"num_warps": 4})
     for descriptors in (False, True) if p.descriptors else (False,):
-        for stages in (4, 3):
-            found += [_config(p, *tile, stages, descriptors) for tile in tiles]
+        found += [_config(p, *tile, descriptors=descriptors) for tile in tiles]
     return [c for i, c in enumerate(found) if c not in found[:i]]

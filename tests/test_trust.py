@@ -1,0 +1,141 @@
+"""A wrong kernel is caught, disabled and named, and the answer is eager's, whatever the files that remember it hold."""
+
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+
+import resnet_fused
+from resnet_fused import _registry, _store, _trust, ops, testing
+from resnet_fused.testing import CASES, make_inputs
+
+CASE = next(c for c in CASES if c.id == "bn-join")
+MODULE = sys.modules["resnet_fused.ops.batch_norm_act"]  # the package holds the function under that name
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(_registry, "_AUTO", {"cpu": ("triton",)})
+    _trust.forget()
+    yield
+    _trust.forget()
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """A kernel that forgets the residual; counts its launches."""
+    calls = []
+
+    def wrong(backend, x, *args):
+        calls.append(backend)
+        args = list(args)
+        args[5] = None
+        return launch(backend, x, *args)
+
+    launch = MODULE.launch
+    monkeypatch.setattr(MODULE, "launch", wrong)
+    return calls
+
+
+def call():
+    args, kwargs = make_inputs(CASE, dtype=torch.float32)
+    with torch.no_grad():
+        return ops.batch_norm_act(*args, **kwargs), testing.REFERENCES[CASE.op](*args, **kwargs)
+
+
+def stored(tmp_path):
+    (path,) = tmp_path.glob("verdicts-*.json")
+    return path, json.loads(path.read_text())
+
+
+def test_a_wrong_kernel_is_caught_once_and_named(planted, tmp_path):
+    with pytest.warns(UserWarning, match="batch_norm_act/triton/torch.float32.*is disabled.*off by .* budget"):
+        y, expected = call()
+    assert torch.equal(y, expected) and len(planted) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y, expected = call()
+    assert torch.equal(y, expected) and len(planted) == 1
+    assert "off by" in next(iter(stored(tmp_path)[1]["entries"].values()))
+
+
+def test_the_verdict_is_remembered(tmp_path, monkeypatch):
+    call()
+    assert list(stored(tmp_path)[1]["entries"].values()) == [""]
+    _trust.forget()
+    monkeypatch.setattr(MODULE, "_compare", lambda *args: pytest.fail("checked again"))
+    call()
+
+
+def test_a_forced_backend_raises_with_the_reason(planted):
+    with resnet_fused.backend("triton"), pytest.warns(UserWarning), pytest.raises(resnet_fused.BackendUnavailable) as e:
+        call()
+    assert "batch_norm_act" in str(e.value) and "off by" in str(e.value)
+
+
+def test_a_kernel_that_raises_is_disabled_too(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(MODULE, "launch", broken)
+    with pytest.warns(UserWarning, match="it raised RuntimeError: out of resource: shared memory"):
+        y, expected = call()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"environment": {}, "entries": {}}', '{"environment": null}', "\x00\x01"], ids=repr
+)
+def test_a_damaged_or_foreign_file_is_a_warning(tmp_path, content):
+    call()
+    path, good = stored(tmp_path)
+    path.write_text(content)
+    _trust.forget()
+    with pytest.warns(UserWarning, match="is left aside"):
+        y, expected = call()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    assert stored(tmp_path)[1] == good
+
+
+def test_another_versions_verdicts_do_not_count(tmp_path):
+    call()
+    path, content = stored(tmp_path)
+    content["environment"]["torch"] = "1.0"
+    content["entries"] = dict.fromkeys(content["entries"], "planted")
+    path.write_text(json.dumps(content))
+    _trust.forget()
+    with pytest.warns(UserWarning, match="it was written for .*'torch': '1.0'"):
+        call()
+    assert list(stored(tmp_path)[1]["entries"].values()) == [""]
+
+
+def test_an_unwritable_folder_is_a_warning(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(_store, "cache_dir", lambda: blocked)
+    with pytest.warns(UserWarning, match="can't be written"):
+        y, expected = call()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+
+
+def test_an_unchecked_kernel_inside_a_capture_gives_eagers_result(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_trust, "_on_gpu", lambda device: True)
+    with pytest.warns(UserWarning, match="run the model once before capture"):
+        y, expected = call()
+    assert torch.equal(y, expected)
+
+
+def test_the_check_leaves_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    call()
+    torch.manual_seed(3)
+    args, kwargs = make_inputs(CASE, dtype=torch.float32, seed=9)
+    with torch.no_grad():
+        ops.batch_norm_act(*args, **kwargs)
+    assert torch.equal(torch.rand(2), expected)
