@@ -6,9 +6,20 @@ from . import models, ops
 from ._registry import BackendUnavailable, backend, set_backend
 from ._version import __version__
 from .explain import explain
+from .graphs import graphed
 from .models import *  # noqa: F403
 
-__all__ = ["BackendUnavailable", "__version__", "backend", "explain", "models", "ops", "set_backend", *models.__all__]
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "backend",
+    "explain",
+    "graphed",
+    "models",
+    "ops",
+    "set_backend",
+    *models.__all__,
+]
 
 
 def __getattr__(name: str) -> Any:

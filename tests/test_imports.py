@@ -12,7 +12,7 @@ RANKS = [
     {"__main__"},
     {"cli"},
     {"bench", "__init__"},
-    {"testing", "explain"},
+    {"testing", "explain", "graphs"},
     {"models"},
     {"layers"},
     {"ops"},

@@ -1,0 +1,127 @@
+"""A model's forward pass as CUDA graphs, one for each kind of input, behind a plain call."""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _registry
+
+
+class Captured(NamedTuple):
+    """A graph: copy the input in, replay, read the output."""
+
+    input: Tensor
+    output: Tensor
+    replay: Callable[[], None]
+    alive: list[Tensor]  # what the graph reads; a replay of a stale graph must not touch freed memory
+    state: Hashable  # of the model, at capture
+
+
+def capture_cuda_graph(
+    forward: Callable[[Tensor], Tensor], example: Tensor
+) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    """(input, output, replay) of a CUDA graph of `forward`; warm-up runs have its kernels compiled and checked."""
+    static = example.clone()
+    stream = torch.cuda.Stream(static.device)
+    stream.wait_stream(torch.cuda.current_stream(static.device))
+    with torch.cuda.device(static.device), torch.cuda.stream(stream):
+        for _ in range(3):
+            forward(static)
+    torch.cuda.current_stream(static.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(static.device), torch.cuda.graph(graph):
+        output = forward(static)
+    return static, output, graph.replay
+
+
+class Graphed:
+    """Calls `model` without gradients, by graph replay where an input like this one was captured.
+
+    Replays see every in-place edit of the weights and statistics. A change that a replay would not see (moved or
+    replaced tensors, replaced modules, train() or eval(), hooks, `set_backend`) leads to a new capture. An input of a
+    shape, dtype or layout that was not captured runs as a plain call, as every input does in train mode; `capture`
+    adds it.
+    """
+
+    def __init__(self, model: nn.Module, capture: Callable = capture_cuda_graph) -> None:
+        self.model = model
+        self._capture = capture
+        self._captured: dict[Hashable, Captured] = {}
+
+    def capture(self, example: Tensor) -> None:
+        """Capture a graph for inputs like `example`."""
+        with torch.no_grad():
+            self._captured[_kind(example)] = self._new(example)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """model(x), [N, 3, H, W] -> [N, num_classes]; the result is the caller's own."""
+        kind = _kind(x)
+        captured = self._captured.get(kind)
+        if captured is None:
+            return self.model(x)
+        captured.input.copy_(x)
+        captured.replay()
+        if captured.state != _state(self.model):  # looked at while the replay runs
+            if _trains(self.model):
+                return self.model(x)
+            captured = self._captured[kind] = self._new(x)
+            captured.replay()
+        return captured.output.clone()
+
+    def _new(self, example: Tensor) -> Captured:
+        state = _state(self.model)
+        alive = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
+        if _trains(self.model):
+            raise ValueError("model must be in eval mode to be captured: warm-up runs would count as batches")
+        return Captured(*self._capture(self.model, example), alive, state)
+
+
+def graphed(model: nn.Module, example: Tensor) -> Graphed:
+    """Capture the eval-mode forward pass of `model` on `example` as a CUDA graph.
+
+    Equivalent to: `lambda x: model(x)` under `torch.no_grad()`, without the cost of launching kernels one by one.
+
+    Args:
+        model: in eval mode, on a CUDA device.
+        example: [N, 3, H, W] on the same device.
+
+    Raises:
+        ValueError: the example is not on a CUDA device, or the model is in train mode.
+    """
+    if not example.is_cuda:
+        raise ValueError(f"example must be on a CUDA device, got {example.device}")
+    result = Graphed(model)
+    result.capture(example)
+    return result
+
+
+def _trains(model: nn.Module) -> bool:
+    stateful = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    return any(m.training for m in model.modules() if m is model or isinstance(m, stateful))
+
+
+def _kind(x: Tensor) -> Hashable:
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x.shape, x.stride(), x.dtype, x.device, autocast, _registry.get_backend()
+
+
+def _state(model: nn.Module) -> Hashable:
+    """What a replay would not see: modules, modes, hooks, and where the tensors lie."""
+    modules = list(model.modules())
+    return (
+        tuple(map(id, modules)),
+        tuple(m.training for m in modules),
+        tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        tuple("forward" in m.__dict__ for m in modules),
+        tuple(
+            (t.data_ptr(), t.dtype)
+            for m in modules
+            for d in (m._parameters, m._buffers)
+            for t in d.values()
+            if t is not None
+        ),
+    )
