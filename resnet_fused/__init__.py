@@ -8,6 +8,7 @@ from ._version import __version__
 from .explain import explain
 from .graphs import graphed
 from .models import *  # noqa: F403
+from .tune import tune
 
 __all__ = [
     "BackendUnavailable",
@@ -18,6 +19,7 @@ __all__ = [
     "models",
     "ops",
     "set_backend",
+    "tune",
     *models.__all__,
 ]
 

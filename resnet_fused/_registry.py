@@ -7,14 +7,24 @@ from typing import NamedTuple
 
 import torch
 
-from . import _cuda, _onednn, _triton
+from . import _cuda, _cudnn, _onednn, _triton
 
 BACKENDS = ("cuda", "triton", "cudnn", "onednn", "eager")
 _NAMES = ", ".join(("auto", *BACKENDS))
-_AUTO = {"cuda": ("cuda", "triton", "cudnn")}  # device type -> order of preference; eager everywhere else
-_UNAVAILABLE = {"cuda": _cuda.unavailable, "triton": _triton.unavailable, "onednn": _onednn.unavailable}
+_AUTO_DEVICES = ("cuda",)  # eager everywhere else
+_ORDER = {  # shape class -> backends, best first; not measured on any GPU yet: cuDNN's kernels for all but 1x1
+    "batch_norm": ("cuda", "triton"),
+    "conv 1x1": ("triton", "cudnn", "cuda"),
+    "conv": ("cudnn", "triton", "cuda"),
+}
+_UNAVAILABLE = {
+    "cuda": _cuda.unavailable,
+    "triton": _triton.unavailable,
+    "cudnn": _cudnn.unavailable,
+    "onednn": _onednn.unavailable,
+}
 
-listener: Callable[[str, "Choice"], None] | None = None  # set by explain while it runs a model
+listener: Callable[[str, "Choice", tuple], None] | None = None  # set by explain and tune while they run a model
 _forced = os.environ.get("RESNET_FUSED_BACKEND", "auto")  # a plain global: a ContextVar would break compiled graphs
 
 
@@ -55,18 +65,16 @@ def backend(name: str) -> Iterator[None]:
         set_backend(previous)
 
 
-def candidates(device: torch.device) -> tuple[str, ...]:
-    """The fused backends to try on this device, best first."""
+def fuses(device: torch.device) -> bool:
+    """Whether any backend but eager is to be tried on this device."""
     if _forced == "auto":
-        return _AUTO.get(device.type, ()) if torch.version.hip is None else ()
-    return () if _forced == "eager" else (_forced,)
+        return device.type in _AUTO_DEVICES and torch.version.hip is None
+    return _forced != "eager"
 
 
 def _unavailable(name: str, device_type: str, index: int | None) -> str | None:
     if name == "eager":
         return None
-    if name == "cudnn":
-        return "no operator is served by cuDNN's fused kernels yet"
     if name not in _UNAVAILABLE:  # from the environment, which set_backend did not see
         return f"there is no such backend, RESNET_FUSED_BACKEND must be one of {_NAMES}"
     return _UNAVAILABLE[name](device_type, index)
@@ -80,14 +88,20 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return _unavailable(name, device.type, device.index)
 
 
-def choose(op: str, device: torch.device, supported: Callable[[str], str | None]) -> Choice:
+def choose(
+    op: str, device: torch.device, supported: Callable[[str], str | None], order: str, first: str | None = None
+) -> Choice:
     """The backend for one call: the first candidate that is there and whose `supported(name)` gives no reason against.
+
+    Args:
+        order: the call's shape class in the table of defaults.
+        first: a backend to try before these, the winner of `tune`.
 
     Raises:
         BackendUnavailable: the forced backend can't serve the call.
     """
     rejected: tuple[tuple[str, str], ...] = ()
-    for name in candidates(device):
+    for name in candidates(device, order, first):
         reason = unavailable(name, device) or supported(name)
         if reason is None:
             return Choice(name, rejected)
@@ -100,7 +114,16 @@ def choose(op: str, device: torch.device, supported: Callable[[str], str | None]
     return Choice("eager", rejected)
 
 
-def record(op: str, choice: Choice) -> None:
-    """Tell a listening `explain` what served a call."""
+def candidates(device: torch.device, order: str, first: str | None = None) -> tuple[str, ...]:
+    """The fused backends to try, best first."""
+    if not fuses(device):
+        return ()
+    if _forced != "auto":
+        return (_forced,)
+    return _ORDER[order] if first not in _ORDER[order] else (first, *_ORDER[order])
+
+
+def record(op: str, choice: Choice, args: tuple = ()) -> None:
+    """Tell a listening `explain` or `tune` what serves a call, and the registered operator's arguments."""
     if listener is not None:
-        listener(op, choice)
+        listener(op, choice, args)

@@ -39,7 +39,7 @@ class _Explainer:
     def begin(self, step: layers.Step, unfusable: str | None) -> None:
         row = self._row(step, add=step.addend is not None)
         self.open.append(row)
-        if not _registry.candidates(self.device):
+        if not _registry.fuses(self.device):
             row.ran = ["eager"]
             row.why.append(
                 "backend 'eager' is forced"
@@ -57,7 +57,7 @@ class _Explainer:
         """The shortcut's BN runs in the pass of the step that is open."""
         self._row(inner).ran = [f"in {self.open[-1].layer}'s pass"]
 
-    def served(self, op: str, choice: _registry.Choice) -> None:
+    def served(self, op: str, choice: _registry.Choice, args: tuple) -> None:
         row = self.open[-1]
         row.ran.append(f"{op}: {choice.backend}")
         row.why += [f"{op} on {name}: {reason}" for name, reason in choice.rejected]

@@ -39,7 +39,7 @@ def run(x: Tensor, *steps: Step) -> Tensor:
 def _run_step(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
     if explainer is not None:
         explainer.begin(step, _unfusable(step))
-    if not _registry.candidates(x.device) or _unfusable(step) is not None:
+    if not _registry.fuses(x.device) or _unfusable(step) is not None:
         x = _modules(x, step, block_input)
     elif _batch_statistics(step.bn) or _needs_grad(step.bn):
         x = _conv_then_bn(x, step, block_input)

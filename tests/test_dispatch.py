@@ -56,7 +56,7 @@ def test_the_context_manager_restores_what_was_set():
 
 @pytest.mark.parametrize(
     "backend, reason",
-    [("cuda", "built|CUDA"), ("cudnn", "cuDNN|CUDA"), ("onednn", "onednn has no such operator")],
+    [("cuda", "built|CUDA"), ("cudnn", "cuDNN|CUDA"), ("onednn", "in eval mode without gradients only")],
 )
 def test_a_forced_backend_never_falls_back(backend, reason):
     message = f"batch_norm_act: .*'{backend}'.*({reason})"
@@ -104,8 +104,8 @@ def test_without_triton_and_torchvision_the_package_works():
 
 
 def test_auto_tries_the_next_and_ends_in_eager(monkeypatch):
-    monkeypatch.setattr(_registry, "_AUTO", {"cpu": ("cuda", "triton")})
-    choice = _registry.choose("op", X.device, lambda name: None)
+    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
+    choice = _registry.choose("op", X.device, lambda name: None, "batch_norm")
     assert choice.backend == "triton" and choice.rejected[0][0] == "cuda"
-    choice = _registry.choose("op", X.device, lambda name: "no kernel")
+    choice = _registry.choose("op", X.device, lambda name: "no kernel", "batch_norm")
     assert choice.backend == "eager" and choice.rejected[1] == ("triton", "no kernel")

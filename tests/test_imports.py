@@ -12,13 +12,14 @@ RANKS = [
     {"__main__"},
     {"cli"},
     {"bench", "__init__"},
-    {"testing", "explain", "graphs"},
+    {"testing", "explain", "graphs", "tune"},
     {"models"},
     {"layers"},
     {"ops"},
     {"_registry"},
-    {"_trust"},
-    {"_cuda", "_triton", "_cudnn", "_onednn"},
+    {"_trust", "_tuned"},
+    {"_cudnn"},  # folds BN with a Triton kernel
+    {"_cuda", "_triton", "_onednn"},
 ]
 STANDALONE = {"_version", "_store", "fetch"}  # import nothing of the package but each other
 

@@ -18,7 +18,7 @@ MODULE = sys.modules["resnet_fused.ops.batch_norm_act"]  # the package holds the
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path, monkeypatch):
     monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(_registry, "_AUTO", {"cpu": ("triton",)})
+    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
     _trust.forget()
     yield
     _trust.forget()

@@ -80,7 +80,7 @@ def fake(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 def supported(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...], batch_statistics: bool) -> str | None:
     """Why a backend can't serve the call, or None; from metadata alone."""
     if backend not in ("cuda", "triton"):
-        return f"{backend} has no such operator"
+        return f"{backend} serves convolutions in eval mode without gradients only; call it under torch.no_grad()"
     if batch_statistics:
         return "it has no kernel for batch statistics (train mode)"
     return _checks.kernel_dtypes(x, vectors)
@@ -94,7 +94,7 @@ def _impl(x: Tensor, *args) -> tuple[Tensor, Tensor]:
         reason = supported(name, x, vectors, False)
         return reason or _trust.refused(_class(name, x, args), x.device, lambda: _compare(name, x, args))
 
-    choice = _registry.choose("batch_norm_act", x.device, serves)
+    choice = _registry.choose("batch_norm_act", x.device, serves, "batch_norm")
     _registry.record("batch_norm_act", choice)
     if choice.backend == "eager":  # the check failed after the graph, or the caller, had settled on this operator
         y, *total = _numerics.as_tuple(_reference_of(x, args))
@@ -254,7 +254,9 @@ def batch_norm_act(
 
     batch_statistics = training or running_mean is None or (residual_bn is not None and bn2[2] is None)
     vectors = (weight, bias, running_mean, running_var, *bn2)
-    choice = _registry.choose("batch_norm_act", x.device, lambda name: supported(name, x, vectors, batch_statistics))
+    choice = _registry.choose(
+        "batch_norm_act", x.device, lambda name: supported(name, x, vectors, batch_statistics), "batch_norm"
+    )
     if choice.backend == "eager":
         _registry.record("batch_norm_act", choice)
         return reference(

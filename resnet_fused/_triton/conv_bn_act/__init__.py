@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .configs import MIN_GROUP_CHANNELS, Config, Problem, candidates, config
 from .kernels import conv_kernel, pointwise_kernel, stem_kernel
 
-__all__ = ["Config", "Problem", "candidates", "config", "conv_bn_act", "problem", "supported"]
+__all__ = ["Config", "Problem", "candidates", "config", "conv_bn_act", "problem", "problem_on", "supported"]
 
 _FLAT_CHANNELS = 4  # up to here R, S and C are one dimension, and x is read in whatever layout it has
 
@@ -72,6 +72,31 @@ def problem(
     )
 
 
+def problem_on(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+) -> Problem:
+    """`problem` of these tensors on their device."""
+    capability, multiprocessors = _device(x.get_device())
+    return problem(
+        x.shape,
+        weight.shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        x.dtype,
+        allow_tf32=allow_tf32,
+        capability=capability,
+        multiprocessors=multiprocessors,
+    )
+
+
 @lru_cache
 def _device(index: int) -> tuple[tuple[int, int], int]:
     """Compute capability and multiprocessors; the interpreter (index -1) is served best by large tiles."""
@@ -108,19 +133,7 @@ def conv_bn_act(
 ) -> Tensor:
     """y [N, K, P, Q] in channels_last; x, weight and residual of any layout, x with up to 4 channels read as it is."""
     channels_last = torch.channels_last
-    capability, multiprocessors = _device(x.get_device())
-    p = problem(
-        x.shape,
-        weight.shape,
-        stride,
-        padding,
-        dilation,
-        groups,
-        x.dtype,
-        allow_tf32=allow_tf32,
-        capability=capability,
-        multiprocessors=multiprocessors,
-    )
+    p = problem_on(x, weight, stride, padding, dilation, groups, allow_tf32)
     config = _default_config(p) if config is None else config
     N, _, H, W = x.shape
     P, Q = _out_size(x.shape, weight.shape, stride, padding, dilation)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 Config = dict[str, int | bool]
 GROUP_CHANNELS = 32  # small groups are packed into tiles of so many channels
-MIN_GROUP_CHANNELS = 8  # below, more than 3/4 of a packed tile's weights would be zeros
+MIN_GROUP_CHANNELS = 32  # below, a tile would hold several groups, and a NaN in one would reach the others
 _SHARED = 96 * 1024  # bytes that every GPU since 8.0 gives a program; two share a multiprocessor of an A100 or H100
 
 
@@ -50,13 +50,13 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
     elif p.pack > 1:
         deepest = GROUP_CHANNELS  # every group's channels in one step
     block_k = _power_of_2(16, depth, deepest)
-    steps = ceil(depth, block_k) * (1 if p.flat else p.taps)
+    steps = 2 if p.flat else ceil(depth, block_k) * p.taps  # 2-byte loads of the flat kernel are not pipelined
     stage = (block_m + block_n) * block_k * p.itemsize
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m > 64 else 4,
+        "num_warps": 8 if block_m > 64 or p.tensor_cores and p.itemsize == 4 else 4,
         "num_stages": max(2, min(stages, steps, _SHARED // stage)),  # no more buffers than there are steps
         "descriptors": descriptors,
     }
@@ -89,7 +89,7 @@ def candidates(p: Problem) -> list[Config]:
     if p.tensor_cores and p.pack == 1 and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
         tiles.append((128, 256))
     found = [default, default | {"num_stages": max(2, default["num_stages"] - 1)}]
-    if default["BLOCK_M"] * default["BLOCK_N"] <= 128 * 64:
+    if p.itemsize == 2 and not p.flat and default["BLOCK_M"] * default["BLOCK_N"] <= 128 * 64:
         found.append(default | {"num_warps": 4})
     for descriptors in (False, True) if p.descriptors else (False,):
         found += [_config(p, *tile, descriptors=descriptors) for tile in tiles]

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _onednn, _registry
-from . import _checks
-from ._library import register
-from .batch_norm_act import launch as launch_bn
+from ... import _registry
+from .. import _checks
+from .._library import register
+from . import backends
 
 Pair = int | tuple[int, int]
 
@@ -78,27 +78,8 @@ def fake(x: Tensor, weight: Tensor, *args) -> Tensor:
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
-def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
-    """Why a backend can't serve the call, or None; from metadata alone."""
-    if backend not in ("cuda", "triton", "onednn"):
-        return f"{backend} has no such operator"
-    if weight.dtype != x.dtype:
-        return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
-    reason = _checks.kernel_dtypes(x, vectors)
-    return _onednn.unsupported(x.dtype) if backend == "onednn" and reason is None else reason
-
-
-def _impl(x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, residual, relu):
-    vectors = (bn_weight, bn_bias, mean, var)
-    choice = _registry.choose("conv_bn_act", x.device, lambda name: supported(name, x, weight, vectors))
-    _registry.record("conv_bn_act", choice)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if choice.backend == "onednn":
-        args = (weight, bias, *vectors, eps, stride, padding, dilation, groups, residual, relu)
-        return _onednn.conv_bn_act(x, *args)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    epilogue = (bn_weight, bn_bias, mean, var, eps, residual, None, None, None, None, None, relu)
-    return launch_bn(choice.backend, y, *epilogue)[0]
+def _impl(*args) -> Tensor:
+    return backends.serve(reference, args)
 
 
 _op = register(SCHEMA, _impl, fake)
@@ -194,9 +175,9 @@ def conv_bn_act(
             return "onednn has no gradients; call it under torch.no_grad() or torch.inference_mode()"
         if _checks.needs_grad((bn_weight, bn_bias)):
             return "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
-        return supported(name, x, weight, (bn_weight, bn_bias, running_mean, running_var))
+        return backends.supported(name, x, weight, (bn_weight, bn_bias, running_mean, running_var), act == "relu")
 
-    choice = _registry.choose("conv_bn_act", x.device, serves)
+    choice = _registry.choose("conv_bn_act", x.device, serves, backends.shape_class(weight))
     if choice.backend == "eager":
         _registry.record("conv_bn_act", choice)
         return reference(

@@ -1,0 +1,147 @@
+"""How each backend serves `conv_bn_act`: what it refuses, how it is launched, how it is checked, what `tune` tries."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import _cudnn, _onednn, _registry, _triton, _trust, _tuned
+from .. import _checks, _numerics
+from ..batch_norm_act import launch as launch_bn
+
+if _triton.IMPORT_ERROR is None:
+    from ..._triton import conv_bn_act as _triton_kernels
+
+Config = dict[str, Any] | None
+
+
+def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...], relu: bool) -> str | None:
+    """Why a backend can't serve the call, or None; from metadata alone."""
+    if weight.dtype != x.dtype:
+        return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
+    reason = _checks.kernel_dtypes(x, vectors)
+    if reason is None and backend == "onednn":
+        return _onednn.unsupported(x.dtype)
+    if reason is None and backend == "cudnn":
+        return _cudnn.unsupported(relu)
+    return reason
+
+
+def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
+    """The registered operator: choose, launch, and answer with eager where every check failed."""
+    x, weight, _, *vectors, _, _, _, _, _, _, relu = args
+    config = None
+
+    def serves(name: str) -> str | None:
+        nonlocal config
+        config = tuned["config"] if tuned is not None and tuned["backend"] == name else default_config(name, args)
+        reason = supported(name, x, weight, tuple(vectors), relu)
+        return reason or refused(name, args, config, reference)
+
+    tuned = _tuned.lookup(x.device, key(args))
+    choice = _registry.choose("conv_bn_act", x.device, serves, shape_class(weight))
+    if choice.backend != "eager" and config is None and split_reason(choice.backend, args) is not None:
+        note = (f"{choice.backend} in one kernel", split_reason(choice.backend, args))
+        choice = choice._replace(rejected=(*choice.rejected, note))
+    _registry.record("conv_bn_act", choice, args)
+    if choice.backend == "eager":
+        positional, kwargs = reference_arguments(args)
+        return reference(*positional, **kwargs).contiguous(memory_format=torch.channels_last)
+    return launch(choice.backend, args, config)
+
+
+def shape_class(weight: Tensor) -> str:
+    """What the registry orders backends by."""
+    return "conv 1x1" if weight.shape[2] == weight.shape[3] == 1 else "conv"
+
+
+def key(args: tuple) -> str:
+    """One layer's problem, for `tune`: everything that the fastest choice depends on."""
+    x, weight, *_, stride, padding, dilation, groups, residual, relu = args
+    numbers = (*x.shape, *weight.shape, *stride, *padding, *dilation, groups)
+    flags = f"{'+add' if residual is not None else ''}{'+relu' if relu else ''}"
+    return f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}"
+
+
+def split_reason(backend: str, args: tuple) -> str | None:
+    """Why PyTorch's convolution and one fused pass serve, instead of one kernel; None where one kernel does."""
+    if backend == "cuda":
+        return "the extension has no convolution yet: PyTorch's, then BN, add and ReLU in one pass"
+    if backend != "triton":
+        return None
+    x, weight, *_, stride, padding, dilation, groups, _, _ = args
+    reason = _triton_kernels.supported(x.shape, weight.shape, stride, padding, dilation, groups, x.dtype)
+    return reason and f"{reason}: PyTorch's convolution, then BN, add and ReLU in one pass"
+
+
+def default_config(backend: str, args: tuple) -> Config:
+    """The tile that Triton's kernels take by default for this problem; None where there is nothing to choose."""
+    if backend != "triton" or split_reason(backend, args) is not None or args[0].numel() == 0:
+        return None
+    return _triton_kernels.config(_problem(args))
+
+
+def configs(backend: str, args: tuple) -> list[Config]:
+    """What `tune` tries."""
+    if default_config(backend, args) is None:
+        return [None]
+    return _triton_kernels.candidates(_problem(args))
+
+
+def _problem(args: tuple):
+    x, weight, *_, stride, padding, dilation, groups, _, _ = args
+    return _triton_kernels.problem_on(x, weight, stride, padding, dilation, groups, _allow_tf32(x))
+
+
+def _allow_tf32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def launch(backend: str, args: tuple, config: Config = None) -> Tensor:
+    """Run one backend; arguments as in the schema, of any layout."""
+    x, weight, bias, *bn, eps, stride, padding, dilation, groups, residual, relu = args
+    bias, *bn = (None if v is None else v.contiguous() for v in (bias, *bn))
+    conv_args = (stride, padding, dilation, groups)
+    args = (x, weight, bias, *bn, eps, *conv_args, residual, relu)
+    if backend == "triton" and config is not None:
+        return _triton_kernels.conv_bn_act(*args, allow_tf32=_allow_tf32(x), config=config)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if backend == "onednn":
+        return _onednn.conv_bn_act(x, *args[1:])
+    if backend == "cudnn":
+        return _cudnn.conv_bn_act(x, *args[1:])
+    y = F.conv2d(x, weight, bias, *conv_args)
+    return launch_bn(backend, y, *bn, eps, residual, None, None, None, None, None, relu)[0]
+
+
+def refused(backend: str, args: tuple, config: Config, reference: Callable[..., Tensor]) -> str | None:
+    """Why the kernel class failed its check on this device, or None."""
+    x, weight, *_ = args
+    if backend == "onednn" or x.numel() == 0:  # PyTorch's own operators on the CPU
+        return None
+    given = "".join("-" if a is None else str(a.dtype)[6] if isinstance(a, Tensor) else "" for a in args)
+    tile = "/".join(f"{k.lower()}={v}" for k, v in (config or {}).items())
+    kernel = f"{'x'.join(map(str, weight.shape[2:]))}/s{args[8][0]}/g{min(args[11], 2)}/c{weight.shape[1] % 16}"
+    kind = f"conv_bn_act/{backend}/{x.dtype}/{kernel}/{given}/{args[-1]}/tf32={_allow_tf32(x)}/{tile}"
+    return _trust.refused(kind, x.device, lambda: compare(backend, args, config, reference))
+
+
+def compare(backend: str, args: tuple, config: Config, reference: Callable[..., Tensor]) -> str | None:
+    """What is wrong with a backend's numbers on random inputs like these, or None."""
+    draw = _numerics.Draw(args[0].device)
+    args = list(args)
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor):
+            fan_in = a[0].numel() if i == 1 else 1
+            args[i] = draw.like(a, positive=i == 6, scale=fan_in**-0.5)
+    positional, kwargs = reference_arguments(args)
+    return _numerics.mismatch((launch(backend, tuple(args), config),), reference, positional, kwargs)
+
+
+def reference_arguments(args: tuple) -> tuple[tuple, dict]:
+    """The registered operator's arguments as those of `reference`."""
+    x, weight, bias, *bn, eps, stride, padding, dilation, groups, residual, relu = args
+    kwargs = dict(bias=bias, eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return (x, weight, *bn), kwargs | {"residual": residual, "act": "relu" if relu else "none"}
