@@ -40,10 +40,11 @@ def environment(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def _kernels_digest() -> str:
-    """Of the kernels' sources and the compiled module: an edited kernel is another version."""
+    """Of the kernels, the compiled module and the checks: an edited one is another version."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*package.rglob("_triton/**/*.py"), *package.glob("_C*.so")]):
+    sources = (p for part in ("_triton", "ops") for p in (package / part).rglob("*.py"))
+    for path in sorted([*sources, *package.glob("_C*.so")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

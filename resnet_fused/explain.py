@@ -59,7 +59,8 @@ class _Explainer:
 
     def served(self, op: str, choice: _registry.Choice, args: tuple) -> None:
         row = self.open[-1]
-        row.ran.append(f"{op}: {choice.backend}")
+        ran = f"{'batch_norm_act' if op.startswith('batch_norm_act') else op}: {choice.backend}"  # in several operators
+        row.ran += [ran] if ran not in row.ran else []
         row.why += [f"{op} on {name}: {reason}" for name, reason in choice.rejected]
 
     def outside(self, module: nn.Module) -> None:

@@ -5,14 +5,21 @@ PyTorch's own, without hooks, parametrizations or forwards set on an instance; o
 calls them.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from torch.utils.checkpoint import checkpoint
 
 from . import _registry
 from .ops import batch_norm_act, conv_bn_act
+from .ops.batch_norm_act.tape import tape
+
+Recompute = Literal["activations", "blocks"] | None
 
 INPUT: Literal["input"] = "input"
 
@@ -28,21 +35,59 @@ class Step(NamedTuple):
     addend: nn.Module | Literal["input"] | None = None
 
 
-def run(x: Tensor, *steps: Step) -> Tensor:
-    """The block of these steps on x [N, C, H, W]; a leaf to torch.fx."""
+def run(x: Tensor, *steps: Step, then: nn.Module | None = None, recompute: Recompute = None) -> Tensor:
+    """The block of these steps on x [N, C, H, W], then the module `then`; a leaf to torch.fx.
+
+    recompute: what backward computes again instead of keeping: "activations", the outputs of all BN + ReLU but the
+        block's own output; "blocks", everything but x.
+    """
+    if recompute is not None and _recomputes(steps):
+        if recompute == "blocks":
+            return _recomputed(lambda x: _block(x, steps, then), x)
+        return _keeping_convolutions(x, steps, then)
+    return _block(x, steps, then)
+
+
+def _block(x: Tensor, steps: tuple[Step, ...], then: nn.Module | None) -> Tensor:
     block_input = x
     for step in steps:
         x = _run_step(x, step, block_input)
-    return x
+    return x if then is None else then(x)
+
+
+def _recomputes(steps: tuple[Step, ...]) -> bool:
+    """Compiled graphs decide for themselves what they keep; a module that is called as it is may not run twice."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    inner = [_projection(s.addend) for s in steps if isinstance(s.addend, nn.Module)]
+    return None not in inner and all(_unfusable(s) is None for s in (*steps, *inner))
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which only x is kept; statistics are gathered and counted once."""
+    entries: list = []
+    contexts = lambda: (tape.recording(entries), tape.replaying(entries))  # noqa: E731
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _keeping_convolutions(x: Tensor, steps: tuple[Step, ...], then: nn.Module | None) -> Tensor:
+    """Every BN + ReLU that a convolution or `then` reads is computed again from the convolution in front of it."""
+    z = steps[0].conv(x)
+    for step, following in itertools.pairwise(steps):
+        z = _recomputed(lambda z, step=step, conv=following.conv: conv(_bn(z, step, x)), z)
+    if then is not None:
+        return _recomputed(lambda z: then(_bn(z, steps[-1], x)), z)
+    return _bn(z, steps[-1], x)
 
 
 def _run_step(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
     if explainer is not None:
         explainer.begin(step, _unfusable(step))
-    if not _registry.fuses(x.device) or _unfusable(step) is not None:
+    plain = not (_registry.fuses(x.device) or _synchronizes(step.bn) or tape.active)
+    if plain or _unfusable(step) is not None:
         x = _modules(x, step, block_input)
     elif _batch_statistics(step.bn) or _needs_grad(step.bn):
-        x = _conv_then_bn(x, step, block_input)
+        x = _bn(step.conv(x), step, block_input)
     else:
         x = _conv_bn(x, step, _shortcut(step, block_input))
     if explainer is not None:
@@ -92,10 +137,9 @@ def _conv_bn(x: Tensor, step: Step, residual: Tensor | None) -> Tensor:
     )
 
 
-def _conv_then_bn(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
-    """BN that trains: the convolution alone, then BN, the shortcut's BN where it may join, add and ReLU as one."""
+def _bn(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
+    """After the step's convolution: BN, the shortcut's BN where it may join, add and ReLU as one."""
     bn = step.bn
-    x = step.conv(x)
     residual, residual_bn = None, None
     inner = _projection(step.addend) if isinstance(step.addend, nn.Module) else None
     if inner is not None and _joins(bn, inner):
@@ -117,6 +161,7 @@ def _conv_then_bn(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
         momentum=_momentum(bn),
         eps=bn.eps,
         act="none" if step.act is None else "relu",
+        group=_group(bn),
     )
 
 
@@ -129,7 +174,21 @@ def _joins(bn: nn.Module, inner: Step) -> bool:
         and (bn.training, bn.eps, bn.momentum, bn.track_running_stats)
         == (other.training, other.eps, other.momentum, other.track_running_stats)
         and bn.momentum is not None
+        and _group(bn) is _group(other)
     )
+
+
+def _synchronizes(bn: nn.Module) -> bool:
+    """SyncBatchNorm in training; nn.SyncBatchNorm itself refuses the CPU, this package's operator serves it too."""
+    return type(bn) is nn.SyncBatchNorm and bn.training
+
+
+def _group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes over which the statistics are gathered, or None for this one alone."""
+    if not (_synchronizes(bn) and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _batch_statistics(bn: nn.Module) -> bool:
@@ -146,7 +205,7 @@ def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 def _momentum(bn: nn.Module) -> float:
     """nn.BatchNorm2d's bookkeeping: counts the batch, and resolves momentum=None to the cumulative average."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not tape.replays:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
@@ -168,8 +227,6 @@ def _unfusable(step: Step) -> str | None:
             return f"the {role} ({type(module).__name__}) {reason}"
     if step.conv.padding_mode != "zeros" or isinstance(step.conv.padding, str):
         return f"the convolution pads by {step.conv.padding_mode!r}, {step.conv.padding!r}; numbers of zeros are fused"
-    if type(step.bn) is nn.SyncBatchNorm and _batch_statistics(step.bn):
-        return "SyncBatchNorm in training gathers its statistics by itself"
     return None
 
 

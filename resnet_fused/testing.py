@@ -11,7 +11,7 @@ from torch import Tensor
 from .ops import batch_norm_act as _batch_norm_act_op
 from .ops import conv_bn_act as _conv_bn_act_op
 from .ops._checks import DTYPES
-from .ops._numerics import as_tuple, largest, map_tensors, mismatch
+from .ops._numerics import absolute, as_tuple, largest, map_tensors, mismatch
 from .ops.batch_norm_act import reference as _batch_norm_act_reference
 from .ops.conv_bn_act import out_shape
 from .ops.conv_bn_act import reference as _conv_bn_act_reference
@@ -221,6 +221,7 @@ __all__ = [
     "OPS",
     "REFERENCES",
     "Case",
+    "absolute",
     "as_tuple",
     "assert_within_budget",
     "check",

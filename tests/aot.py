@@ -65,7 +65,7 @@ CONVS = [
     Conv("3x3", 64, 56, 64, 3),
     Conv("3x3-s2", 128, 56, 128, 3, 2),
     Conv("3x3-join", 64, 56, 64, 3, residual=True),
-    Conv("3x3-g8", 256, 28, 256, 3, groups=32),
+    Conv("3x3-g16", 512, 14, 512, 3, groups=32),
     Conv("3x3-g32", 1024, 7, 1024, 3, groups=32),
 ]
 MORE_CONVS = [  # other configurations of the same kernels

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import INPUT, Step, run
+from ..layers import INPUT, Recompute, Step, run
 from .weights import WeightsArg, load_state_dict, resolve
 
 torch.fx.wrap("run")
@@ -40,6 +40,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and ResNet-34."""
 
     expansion = 1
+    recompute: Recompute = None
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class BasicBlock(nn.Module):
             x,
             Step(self.conv1, self.bn1, self.relu),
             Step(self.conv2, self.bn2, self.relu, INPUT if self.downsample is None else self.downsample),
+            recompute=self.recompute,
         )
 
 
@@ -84,6 +86,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    recompute: Recompute = None
 
     def __init__(
         self,
@@ -117,6 +120,7 @@ class Bottleneck(nn.Module):
             Step(self.conv1, self.bn1, self.relu),
             Step(self.conv2, self.bn2, self.relu),
             Step(self.conv3, self.bn3, self.relu, INPUT if self.downsample is None else self.downsample),
+            recompute=self.recompute,
         )
 
 
@@ -132,6 +136,7 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: three flags; where true, a stage dilates instead of striding.
         norm_layer: constructor of the normalisation, `nn.BatchNorm2d` by default; it and SyncBatchNorm are fused.
         stride_in_1x1: put a stage's stride on the first 1x1 convolution, as in the paper (v1), not on the 3x3 (v1.5).
+        recompute: what the backward pass computes again instead of keeping; see `set_recompute`.
         channels_last: keep the convolutions' weights in channels_last; False leaves them contiguous, for FSDP2, LBFGS
             and safetensors' own `save_file`, which refuse the other layout.
 
@@ -150,6 +155,7 @@ class ResNet(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         stride_in_1x1: bool = False,
+        recompute: Recompute = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -190,6 +196,25 @@ class ResNet(nn.Module):
                 if isinstance(m, nn.Conv2d):
                     m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
 
+        self.set_recompute(recompute)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """What the backward pass computes again instead of keeping it in memory.
+
+        None: nothing. "activations": the outputs of BN + ReLU inside the blocks and in the stem, from the convolutions'
+        outputs. "blocks": everything but the blocks' inputs. Gradients are the same to rounding; running statistics,
+        `num_batches_tracked` and collectives are those of None. Compiled models decide for themselves what they keep.
+
+        Raises:
+            ValueError: another value.
+        """
+        if recompute not in (None, "activations", "blocks"):
+            raise ValueError(f'recompute must be None, "activations" or "blocks", got {recompute!r}')
+        self.recompute = recompute
+        for m in self.modules():
+            if isinstance(m, (BasicBlock, Bottleneck)):
+                m.recompute = recompute
+
     def _make_layer(
         self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
     ) -> nn.Sequential:
@@ -209,8 +234,11 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = run(x, Step(self.conv1, self.bn1, self.relu))
-        x = self.maxpool(x)
+        if self.recompute is None:
+            x = run(x, Step(self.conv1, self.bn1, self.relu))
+            x = self.maxpool(x)
+        else:
+            x = run(x, Step(self.conv1, self.bn1, self.relu), then=self.maxpool, recompute=self.recompute)
 
         x = self.layer1(x)
         x = self.layer2(x)

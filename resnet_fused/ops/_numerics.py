@@ -81,3 +81,12 @@ class Draw:
         values = (values.tanh() / 2 + 1 if positive else values).to(t.dtype)
         channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
         return values.contiguous(memory_format=torch.channels_last) if channels_last else values
+
+    def bits(self, shape: tuple[int, ...]) -> Tensor:
+        """Random bytes."""
+        return torch.randint(256, shape, generator=self.generator, device=self.generator.device, dtype=torch.uint8)
+
+
+def dense(t: Tensor) -> Tensor:
+    """t as the kernels read it: images in channels_last, vectors contiguous."""
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)

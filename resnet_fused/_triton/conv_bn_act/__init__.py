@@ -161,8 +161,8 @@ def conv_bn_act(
             pointwise_kernel[grid](x, weight, *vectors, p.M, p.C, p.K, **options)
         else:
             sizes = (p.M, H, W, p.C, P, Q, p.K, stride_n, stride_h, stride_w)
-            whole_c = p.pack == 1 and p.C % config["BLOCK_K"] == 0
-            conv_kernel[grid](x, weight, *vectors, *sizes, *geometry, groups, p.pack, whole_c, **options)
+            whole_c = p.C % config["BLOCK_K"] == 0
+            conv_kernel[grid](x, weight, *vectors, *sizes, *geometry, groups, whole_c, **options)
     return y
 
 

@@ -4,8 +4,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 Config = dict[str, int | bool]
-GROUP_CHANNELS = 32  # small groups are packed into tiles of so many channels
-MIN_GROUP_CHANNELS = 32  # below, a tile would hold several groups, and a NaN in one would reach the others
+MIN_GROUP_CHANNELS = 16  # the narrowest tile; two groups in one would let a NaN of one reach the other
 _SHARED = 96 * 1024  # bytes that every GPU since 8.0 gives a program; two share a multiprocessor of an A100 or H100
 
 
@@ -23,14 +22,8 @@ class Problem(NamedTuple):
     descriptors: bool  # tensor descriptors can serve it: 1x1, stride 1, capability 9.0 or later, rows of 16 bytes
     multiprocessors: int
 
-    @property
-    def pack(self) -> int:
-        """Groups in one tile."""
-        return max(1, GROUP_CHANNELS // max(self.C, self.K)) if self.groups > 1 else 1
-
     def programs(self, block_m: int, block_n: int) -> int:
-        column_tiles = ceil(self.groups, self.pack) if self.pack > 1 else self.groups * ceil(self.K, block_n)
-        return ceil(self.M, block_m) * column_tiles
+        return ceil(self.M, block_m) * self.groups * ceil(self.K, block_n)
 
 
 def ceil(a: int, b: int) -> int:
@@ -43,20 +36,15 @@ def _power_of_2(low: int, n: int, high: int) -> int:
 
 
 def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors: bool = False) -> Config:
-    depth = p.taps * p.C if p.flat else p.pack * p.C
-    deepest = 128 // p.itemsize if p.tensor_cores else 16  # a line of 128 bytes; without tensor cores registers count
-    if p.flat:
-        deepest = min(deepest, 32)
-    elif p.pack > 1:
-        deepest = GROUP_CHANNELS  # every group's channels in one step
-    block_k = _power_of_2(16, depth, deepest)
+    depth = p.taps * p.C if p.flat else p.C
+    block_k = _power_of_2(16, depth, 32 if p.flat else 128 // p.itemsize)  # a line of 128 bytes
     steps = 2 if p.flat else ceil(depth, block_k) * p.taps  # 2-byte loads of the flat kernel are not pipelined
     stage = (block_m + block_n) * block_k * p.itemsize
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m > 64 or p.tensor_cores and p.itemsize == 4 else 4,
+        "num_warps": 8 if block_m > 64 or p.itemsize == 4 else 4,
         "num_stages": max(2, min(stages, steps, _SHARED // stage)),  # no more buffers than there are steps
         "descriptors": descriptors,
     }
@@ -64,9 +52,6 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
 
 def _tiles(p: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N), largest first."""
-    if p.pack > 1:
-        block_n = _power_of_2(16, p.pack * p.K, GROUP_CHANNELS)
-        return [(128, block_n), (64, block_n)] if p.tensor_cores else [(64, block_n), (32, block_n)]
     if not p.tensor_cores:
         return [(64, _power_of_2(16, p.K, 64)), (32, _power_of_2(16, p.K, 32))]
     widest = _power_of_2(16, p.K, 128)
@@ -86,7 +71,7 @@ def candidates(p: Problem) -> list[Config]:
     """What a tuner may try, the default first."""
     default = config(p)
     tiles = [t for t in _tiles(p) if 4 * p.programs(*t) >= p.multiprocessors] or _tiles(p)[-1:]
-    if p.tensor_cores and p.pack == 1 and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
+    if p.tensor_cores and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
         tiles.append((128, 256))
     found = [default, default | {"num_stages": max(2, default["num_stages"] - 1)}]
     if p.itemsize == 2 and not p.flat and default["BLOCK_M"] * default["BLOCK_N"] <= 128 * 64:

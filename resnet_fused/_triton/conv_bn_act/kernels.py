@@ -114,7 +114,6 @@ def conv_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     GROUPS: tl.constexpr,
-    PACK: tl.constexpr,  # groups in one tile, whose weights are then block-diagonal
     WHOLE_C: tl.constexpr,  # C is a multiple of BLOCK_K
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,36 +123,24 @@ def conv_kernel(
 ):
     n = tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_K)
-    if PACK > 1:
-        first_row, column_tile = _tile(M, tl.cdiv(GROUPS, PACK), BLOCK_M)
-        group = column_tile * PACK
-        first_k = group * K
-        columns = tl.minimum(PACK, GROUPS - group) * K
-        channels = tl.minimum(PACK, GROUPS - group) * C
-        weight_c = c % C
-    else:
-        tiles = tl.cdiv(K, BLOCK_N)  # of one group
-        first_row, column_tile = _tile(M, GROUPS * tiles, BLOCK_M)
-        group = column_tile // tiles
-        first_k = group * K + column_tile % tiles * BLOCK_N
-        columns = K - column_tile % tiles * BLOCK_N
-        channels = C
-        weight_c = c
+    tiles = tl.cdiv(K, BLOCK_N)  # of one group
+    first_row, column_tile = _tile(M, GROUPS * tiles, BLOCK_M)
+    group = column_tile // tiles
+    first_k = group * K + column_tile % tiles * BLOCK_N
+    columns = K - column_tile % tiles * BLOCK_N
 
     image, h, w = _pixels(first_row, P, Q, STRIDE_H, STRIDE_W, PAD_H, PAD_W, BLOCK_M)
     rows = M - first_row
     in_rows = tl.arange(0, BLOCK_M) < rows
     in_columns = (n < columns)[None, :]
-    if PACK > 1:
-        in_columns &= (c // C)[:, None] == (n // K)[None, :]
     pixel = image * stride_n + h.to(tl.int64) * stride_h + w * stride_w
     x_tile = x + group * C + pixel[:, None] + c[None, :]
-    weight_tile = weight + first_k.to(tl.int64) * (R * S * C) + (n * (R * S * C))[None, :] + weight_c[:, None]
+    weight_tile = weight + first_k.to(tl.int64) * (R * S * C) + (n * (R * S * C))[None, :] + c[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tap = 0
     first_c = 0
-    for _ in range(0, R * S * tl.cdiv(channels, BLOCK_K)):
+    for _ in range(0, R * S * tl.cdiv(C, BLOCK_K)):
         r = tap // S
         s = tap % S
         in_x = in_rows
@@ -164,7 +151,7 @@ def conv_kernel(
         x_mask = in_x[:, None]
         weight_mask = in_columns
         if not WHOLE_C:
-            in_c = c < channels - first_c
+            in_c = c < C - first_c
             x_mask &= in_c[None, :]
             weight_mask &= in_c[:, None]
         a = tl.load(x_tile + (r * DILATION_H * stride_h + s * DILATION_W * stride_w + first_c), x_mask, other=0.0)
@@ -172,7 +159,7 @@ def conv_kernel(
         acc = _dot(a, b, acc, PRECISION)
         first_c += BLOCK_K
         if R * S > 1:
-            next_tap = first_c >= channels
+            next_tap = first_c >= C
             tap = tl.where(next_tap, tap + 1, tap)
             first_c = tl.where(next_tap, 0, first_c)
 

@@ -1,0 +1,176 @@
+"""Batch statistics in one read, and the plain residual join that also writes its ReLU's mask."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import normalize, round_to
+from .tiles import merge_tiling, pack_bits, place, tiling
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def statistics_kernel(
+    x,  # [M, C], M = N * H * W
+    pre_add,  # [M, C] or None
+    total,  # [M, C] or None: x + pre_add
+    partial_mean,  # [splits, C], less the pivot
+    partial_m2,  # [splits, C]
+    M,
+    C,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    block, split = place(C, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_range = c < C
+    row = tl.arange(0, BLOCK_M)
+    offset = row[:, None] * C + c[None, :]  # inside a tile
+    first_row = split.to(tl.int64) * tiles * BLOCK_M  # 64-bit: M * C may pass 2^31
+    rows = tl.minimum(M - first_row, tiles * BLOCK_M).to(tl.int32)
+    base = first_row * C
+
+    pivot = tl.load(x + c, in_range, other=0.0).to(tl.float32)  # the channel's first element
+    if pre_add is not None:
+        pivot += tl.load(pre_add + c, in_range, other=0.0).to(tl.float32)
+        pivot = round_to(pivot, x.dtype.element_ty).to(tl.float32)
+
+    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # Welford's recurrence down each place of the tile
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for tile in tl.range(tl.cdiv(rows, BLOCK_M), num_stages=4):
+        mask = (row < rows - tile * BLOCK_M)[:, None] & in_range[None, :]
+        z = tl.load(x + base + offset, mask, other=0.0).to(tl.float32)
+        if pre_add is not None:
+            z += tl.load(pre_add + base + offset, mask, other=0.0).to(tl.float32)
+            z = round_to(z, x.dtype.element_ty)
+            tl.store(total + base + offset, z, mask)
+            z = z.to(tl.float32)
+        d = tl.where(mask, z - pivot[None, :] - mean, 0.0)
+        part = 1.0 / (tile + 1)
+        mean += d * part
+        m2 += d * d * (1.0 - part)
+        base += BLOCK_M * C
+
+    n = tl.cdiv(rows - row, BLOCK_M).to(tl.float32)[:, None]  # elements in each place
+    merged = tl.sum(mean * n, 0) / rows
+    mean -= merged[None, :]
+    m2 += mean * mean * n
+    at = split * C + c
+    tl.store(partial_mean + at, merged, in_range)
+    tl.store(partial_m2 + at, tl.sum(m2, 0), in_range)
+
+
+@triton.jit(do_not_specialize=["M", "splits", "rows"])
+def merge_kernel(
+    z,  # [M, C]
+    partial_mean,  # [splits, C]
+    partial_m2,  # [splits, C]
+    mean,  # [C]
+    m2,  # [C]
+    M,
+    C,
+    splits,
+    rows,  # of every split but the last
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Chan's formula over all splits at once."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.arange(0, SPLITS)
+    mask = (split < splits)[:, None] & (c < C)[None, :]
+    at = split[:, None] * C + c[None, :]
+    n = tl.minimum(M - split.to(tl.int64) * rows, rows)
+    n = tl.where(split < splits, n, 0).to(tl.float32)[:, None]
+    means = tl.load(partial_mean + at, mask, other=0.0)
+    merged = tl.sum(means * n, 0) / M
+    means -= merged[None, :]
+    m2s = tl.load(partial_m2 + at, mask, other=0.0) + means * means * n
+    pivot = tl.load(z + c, c < C, other=0.0).to(tl.float32)
+    tl.store(mean + c, pivot + merged, c < C)
+    tl.store(m2 + c, tl.sum(m2s, 0), c < C)
+
+
+@triton.jit(do_not_specialize=["M"])
+def apply_with_mask_kernel(
+    x,  # [M, C]
+    weight,  # [C] or None, as the next
+    bias,
+    mean,  # [C]
+    var,  # [C]
+    residual,  # [M, C]
+    y,  # [M, C]
+    relu_mask,  # [M, ceil(C / 8)] uint8
+    M,
+    C,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.arange(0, BLOCK_M)
+    in_range = c < C
+    in_rows = (row < M - first_row)[:, None]
+    mask = in_rows & in_range[None, :]
+    base = first_row * C
+    offset = row[:, None] * C + c[None, :]
+
+    z = tl.load(x + base + offset, mask, other=0.0).to(tl.float32)
+    z = normalize(z, weight, bias, mean, var, c, in_range, eps)
+    z += tl.load(residual + base + offset, mask, other=0.0).to(tl.float32)
+    z = tl.where(z <= 0, 0.0, z)  # keeps NaN
+    tl.store(y + base + offset, round_to(z, y.dtype.element_ty), mask)
+
+    packed = pack_bits(z != 0, BLOCK_M, BLOCK_C)
+    width = tl.cdiv(C, 8)
+    byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    at = row[:, None] * width + byte[None, :]
+    tl.store(relu_mask + first_row * width + at, packed, in_rows & (byte < width)[None, :])
+
+
+def statistics(x: Tensor, pre_add: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], M2 [C] = sum (z - mean)^2 and z of z = x (+ pre_add, rounded to x's dtype).
+
+    x and pre_add dense channels_last [N, C, H, W], not empty; z has no elements where pre_add is None: then it is x.
+    """
+    N, C, H, W = x.shape
+    M = N * H * W
+    total = x.new_empty(0) if pre_add is None else torch.empty_like(x, memory_format=torch.channels_last)
+    grid, splits, config = tiling(M, C, programs=8)
+    partial = torch.empty((2, splits, C), dtype=torch.float32, device=x.device).unbind()
+    mean, m2 = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
+    with torch.cuda.device_of(x):
+        statistics_kernel[grid](x, pre_add, None if pre_add is None else total, *partial, M, C, **config)
+        z = x if pre_add is None else total
+        rows = config["tiles"] * config["BLOCK_M"]
+        grid, config = merge_tiling(splits, C)
+        merge_kernel[grid](z, *partial, mean, m2, M, C, splits, rows, **config)
+    return mean, m2, total
+
+
+def apply_with_mask(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y = relu(BN(x) + residual), and where its gradient passes: [N * H * W, ceil(C / 8)] uint8.
+
+    Channel 8 * i + j is bit j of byte i. x and residual dense channels_last [N, C, H, W].
+    """
+    N, C, H, W = x.shape
+    M = N * H * W
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    relu_mask = torch.empty((M, triton.cdiv(C, 8)), dtype=torch.uint8, device=x.device)
+    if y.numel() == 0:
+        return y, relu_mask
+    block_c = min(256, max(8, triton.next_power_of_2(C)))  # 256 channels are a 32-byte sector of the mask
+    config = {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, block_c))
+    with torch.cuda.device_of(x):
+        apply_with_mask_kernel[grid](x, weight, bias, mean, var, residual, y, relu_mask, M, C, eps, **config)
+    return y, relu_mask

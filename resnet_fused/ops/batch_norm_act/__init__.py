@@ -1,0 +1,282 @@
+"""BN + activation, with the residual's add and the residual's own BN: everything between two convolutions.
+
+    y = act(s * (z - mean) + bias + r),    s = weight / sqrt(var + eps)
+
+where
+    z      x, or x + pre_add
+    mean, var    the running statistics, or in training those of z over N, H and W
+    r      nothing, the residual, or the residual through its own BN: s2 * (residual - mean2) + bias2
+    act    max(., 0) or the identity
+
+Shapes: x, residual, pre_add and y [N, C, H, W] of one dtype; BN vectors [C] in float32 or x's dtype.
+Dtypes: float16, bfloat16, float32 fused; every other floating dtype eager.
+Layout: the fused kernels run channels_last and return it; eager keeps x's.
+Errors: ValueError naming the argument; BackendUnavailable where a forced backend can't serve the call.
+
+Equivalent to:
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = F.relu(y + F.batch_norm(residual, *residual_bn...))
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import _registry
+from .. import _checks
+from . import steps
+from .steps import launch, supported
+from .tape import tape
+
+__all__ = ["batch_norm_act", "launch", "reference", "supported"]
+
+BN = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, bias, running_mean, running_var
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    residual_bn: BN | None = None,
+    pre_add: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`batch_norm_act` in plain PyTorch, in torchvision's order."""
+    if pre_add is not None:
+        x = x + pre_add
+    y = _batch_norm(x, (weight, bias, running_mean, running_var), training, momentum, eps)
+    if residual is not None:
+        if residual_bn is not None:
+            residual = _batch_norm(residual, residual_bn, training, momentum, eps)
+        y = y + residual
+    if act == "relu":
+        y = F.relu(y)
+    return y if pre_add is None else (y, x)
+
+
+def _batch_norm(x: Tensor, bn: BN, training: bool, momentum: float, eps: float) -> Tensor:
+    weight, bias, mean, var = bn
+    return F.batch_norm(x, mean, var, weight, bias, training or mean is None, momentum, eps)
+
+
+_FUSED = (steps.statistics, steps.apply, steps.backward_sums, steps.backward_dx)
+_EAGER = (steps.eager_statistics, steps.eager_apply, steps.eager_sums, steps.eager_dx)
+
+
+class _Options(NamedTuple):
+    fused: bool  # the registered operators, or their formulas in PyTorch
+    batch_statistics: bool
+    two_bn: bool  # the residual has its own BN
+    eps: float
+    relu: bool
+    group: dist.ProcessGroup | None  # over which the statistics are gathered
+
+
+def _statistics(o: _Options, x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean and variance [C], count [] of the whole batch over every rank, and x + pre_add."""
+    mean, m2, total = (_FUSED if o.fused else _EAGER)[0](x, pre_add)
+    count = torch.full((), x.numel() // x.shape[1], dtype=mean.dtype, device=x.device)
+    if o.group is not None:
+        mean, m2, count = _gather(mean, m2, count, o.group)
+    return mean, m2 / count, count, total
+
+
+def _gather(mean: Tensor, m2: Tensor, count: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Chan's merge of every rank's statistics, in rank order: all ranks get the same bits."""
+    own = torch.cat([count.view(1), mean, m2])
+    ranks = own.new_empty(dist.get_world_size(group) * own.numel())
+    dist.all_gather_into_tensor(ranks, own, group)
+    counts, means, m2s = ranks.view(-1, own.numel()).split([1, mean.numel(), mean.numel()], 1)
+    count = counts.sum()
+    pivot = means[0]
+    merged = pivot + ((means - pivot) * counts).sum(0) / count
+    return merged, (m2s + (means - merged).square() * counts).sum(0), count
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """One node for BN, the residual's BN, add and ReLU; with y its sum x + pre_add and the statistics it computed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, pre_add, o):
+        apply = (_FUSED if o.fused else _EAGER)[1]
+        count, total, add = None, None, pre_add
+        if o.batch_statistics:
+            mean, var, count, total = tape.through(lambda: _statistics(o, x, pre_add))
+            if o.two_bn:
+                mean2, var2, _, _ = tape.through(lambda: _statistics(o, residual, None))
+            add = None
+            if pre_add is not None and total.numel() == 0:  # replayed
+                total = x + pre_add
+        z = x if total is None or pre_add is None else total
+        save_mask = o.relu and residual is not None and not o.two_bn
+        y, mask, total_ = apply(
+            z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, add, o.relu, save_mask
+        )
+        total = total_ if total is None else total
+        z = x if pre_add is None else total
+        ctx.o, ctx.has_total = o, pre_add is not None
+        kept = residual if o.two_bn else None
+        ctx.save_for_backward(
+            z, weight, bias, mean, var, kept, weight2, bias2, mean2, var2, mask if save_mask else None, count
+        )
+        statistics = (mean, var, mean2, var2, count) if o.batch_statistics else (None,) * 5
+        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
+        return y, total, *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dtotal, *_):
+        o, needs = ctx.o, ctx.needs_input_grad
+        z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask, count = ctx.saved_tensors
+        sums, dx = (_FUSED if o.fused else _EAGER)[2:]
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        common = (dy, z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
+        sum_dz = sum_xhat = sum_rhat = None
+        if o.batch_statistics or any(needs[i] for i in (1, 2, 6, 7)):
+            sum_dz, sum_xhat, sum_rhat = sums(*common)
+        totals = (None, None, None)
+        if o.batch_statistics:
+            totals = (sum_dz, sum_xhat, sum_rhat if o.two_bn else None)
+            if o.group is not None:
+                joined = torch.cat([t for t in totals if t is not None])
+                dist.all_reduce(joined, group=o.group)
+                totals = (*joined.split(sum_dz.numel()), None)[:3]
+        needs_dx = needs[0] or needs[10]
+        gradients = dx(*common, *totals, count, dtotal if ctx.has_total else None, needs_dx, needs[5])
+        dx, dresidual = (g if needed else None for g, needed in zip(gradients, (needs_dx, needs[5]), strict=True))
+
+        def vector(i: int, like: Tensor | None, value: Tensor | None) -> Tensor | None:
+            return value.to(like.dtype) if needs[i] else None
+
+        return (
+            dx if needs[0] else None,
+            vector(1, weight, sum_xhat),
+            vector(2, bias, sum_dz),
+            None,
+            None,
+            dresidual,
+            vector(6, weight2, sum_rhat),
+            vector(7, bias2, sum_dz),
+            None,
+            None,
+            dx if needs[10] else None,
+            None,
+        )
+
+
+def _update(running_mean: Tensor | None, running_var: Tensor | None, mean, var, count, momentum: float) -> None:
+    """nn.BatchNorm2d's: the unbiased variance enters the running one."""
+    if running_mean is None or tape.replays:
+        return
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    residual_bn: BN | None = None,
+    pre_add: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """act(BN(x [+ pre_add]) [+ residual | + BN2(residual)]) in one pass over memory where a backend serves it.
+
+    Args:
+        x: [N, C, H, W].
+        weight, bias: BN's affine parameters [C], or None.
+        running_mean, running_var: [C], or None together: then the batch's own statistics serve, as in nn.BatchNorm2d.
+        residual: shaped like x; added before the activation.
+        residual_bn: (weight, bias, running_mean, running_var) that the residual still has to go through.
+        pre_add: shaped like x; added to x before BN, and the sum is returned too.
+        training: normalise by the batch's statistics and update the running ones in place.
+        momentum: weight of the new statistics in the running ones.
+        eps: added to the variance.
+        act: "relu" or "none".
+        group: gather the batch's statistics over these processes, as SyncBatchNorm does; every rank has to call.
+
+    Returns:
+        y [N, C, H, W]; with `pre_add` the pair (y, x + pre_add).
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is off; training on one value per channel.
+        BackendUnavailable: a forced backend can't serve the call.
+    """
+    _checks.image("x", x)
+    _checks.act(act)
+    bn2 = (None,) * 4 if residual_bn is None else residual_bn
+    _check_bn("", (weight, bias, running_mean, running_var), x)
+    if residual is not None:
+        _checks.like("residual", residual, x.shape, x)
+        _check_bn("residual_bn's ", bn2, x)
+    elif residual_bn is not None:
+        raise ValueError("residual_bn needs a residual, got residual=None")
+    if pre_add is not None:
+        _checks.like("pre_add", pre_add, x.shape, x)
+
+    batch_statistics = training or running_mean is None
+    trains = batch_statistics or _checks.needs_grad((x, weight, bias, residual, pre_add, *bn2))
+    vectors = (weight, bias, running_mean, running_var, *bn2)
+
+    def serves(name: str) -> str | None:
+        if residual_bn is not None and (running_mean is None) != (bn2[2] is None):
+            return "one BN has running statistics and the other has none"
+        if x.numel() == 0 and batch_statistics:
+            return "an empty batch has no statistics"
+        return supported(name, x, vectors, trains)
+
+    choice = _registry.choose("batch_norm_act", x.device, serves, "batch_norm")
+    fused = choice.backend != "eager"
+    if not fused:
+        _registry.record("batch_norm_act", choice)
+        if group is None:
+            if training and tape.replays:  # the running statistics have counted this batch: copies are updated
+                running_mean, running_var, *bn2 = _copies(running_mean, running_var, *bn2)
+                residual_bn = residual_bn and tuple(bn2)
+            inputs = dict(residual=residual, residual_bn=residual_bn, pre_add=pre_add)
+            settings = dict(training=training, momentum=momentum, eps=eps, act=act)
+            return reference(x, weight, bias, running_mean, running_var, **inputs, **settings)
+    elif batch_statistics and group is None and x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+    if fused and not trains:
+        args = (x, weight, bias, running_mean, running_var, eps, residual, *bn2, pre_add, act == "relu", False)
+        y, _, total = steps.apply(*args)
+        return y if pre_add is None else (y, total)
+    options = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
+    args = (x, weight, bias, running_mean, running_var, residual, *bn2, pre_add, options)
+    y, total, mean, var, mean2, var2, count = _BatchNormAct.apply(*args)
+    if training:
+        _update(running_mean, running_var, mean, var, count, momentum)
+        _update(bn2[2], bn2[3], mean2, var2, count, momentum)
+    return y if pre_add is None else (y, total)
+
+
+def _copies(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [v if v is None or v.requires_grad else v.clone() for v in vectors]
+
+
+def _check_bn(owner: str, bn: BN, x: Tensor) -> None:
+    for name, v in zip(("weight", "bias", "running_mean", "running_var"), bn, strict=True):
+        _checks.vector(owner + name, v, x.shape[1], x)
+    _checks.statistics(owner + "running_mean", bn[2], owner + "running_var", bn[3])
