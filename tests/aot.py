@@ -31,9 +31,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from resnet_fused._triton import batch_norm_act, conv_bn_act  # noqa: E402
+from resnet_fused._triton import batch_norm_act, batch_norm_train, conv_bn_act  # noqa: E402
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+POINTERS = TYPES | {torch.uint8: "u8"}  # the ReLU mask
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
@@ -99,16 +100,17 @@ def source(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        constant = parameter.is_constexpr or value is None or (type(value) is int and value == 1)
+        specialized = type(value) is int and not parameter.do_not_specialize
+        constant = parameter.is_constexpr or value is None or (specialized and value == 1)
         if constant:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
+            signature[name] = f"*{POINTERS[value.dtype]}"
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
-        divisible = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+        divisible = isinstance(value, Tensor) or (specialized and value % 16 == 0)
         if divisible and not constant:
             attributes[i,] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
@@ -123,6 +125,32 @@ def batch_norm_launches(dtype: torch.dtype) -> Iterator[Launch]:
         with recorded() as launches:
             batch_norm_act.apply(x, *bn, 1e-5, residual, *residual_bn, pre_add, True)
         yield from launches
+
+
+def training_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """Statistics, and the backward pass of every ending, with the batch's statistics and with given ones."""
+    x = torch.empty((256, 256, 56, 56), dtype=dtype, device="meta", memory_format=torch.channels_last)
+    bn = [torch.empty(256, device="meta")] * 4
+    none = [None] * 4
+    count = torch.empty(1, device="meta")
+    with recorded() as launches:
+        batch_norm_train.statistics(x)
+        batch_norm_train.statistics(x, x)
+        mask = batch_norm_train.apply_with_mask(x, *bn, 1e-5, x)[1]
+        for residual, bn2, relu_mask, dtotal in [
+            (None, none, None, None),
+            (None, none, None, x),
+            (None, none, mask, None),
+            (x, none, None, None),
+            (x, bn, None, None),
+        ]:
+            call = (x, x, *bn, 1e-5, residual, *bn2, relu_mask, True)
+            join = residual is not None or relu_mask is not None
+            sums = batch_norm_train.backward_sums(*call)
+            rhat = None if bn2[2] is None else sums[2]
+            batch_norm_train.backward_dx(*call, *sums[:2], rhat, count, dtotal, True, join)
+            batch_norm_train.backward_dx(*call, None, None, None, 1.0, dtotal, True, join)
+    yield from launches
 
 
 def conv_launches(conv: Conv, batch: int, dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> Iterator[Launch]:
@@ -155,6 +183,8 @@ def jobs(arch: int, quick: bool) -> Iterator[Job]:
     for dtype in TYPES:
         for launch in batch_norm_launches(dtype):
             yield Job(f"{TYPES[dtype]} batch_norm_act", arch, dtype, launch)
+        for launch in training_launches(dtype):
+            yield Job(f"{TYPES[dtype]} batch_norm_train", arch, dtype, launch)
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             for conv in CONVS if quick else CONVS + MORE_CONVS:
                 for batch in (256,) if quick else (256, 32, 1):
@@ -192,7 +222,7 @@ def compile_job(key: tuple[int, bool], index: int) -> tuple[str, list[str]]:
         wrong.append(f"spills {spilled} bytes")
     if shared > SHARED[job.arch]:
         wrong.append(f"needs {shared} bytes of shared memory, sm_{job.arch} has {SHARED[job.arch]}")
-    is_16_bit_conv = launch.kernel is not batch_norm_act.apply_kernel and job.dtype.itemsize == 2
+    is_16_bit_conv = "conv_bn_act" in launch.kernel.fn.__module__ and job.dtype.itemsize == 2
     if is_16_bit_conv and job.arch == 90 and not mma["wgmma.mma_async"]:
         wrong.append("has no wgmma")
     return line, wrong

@@ -41,12 +41,12 @@ def act(value: str) -> None:
         raise ValueError(f'act must be "relu" or "none", got {value!r}')
 
 
-def kernel_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
-    """Why the fused kernels can't take these dtypes, or None; BN vectors are all float32 or all of x's dtype."""
+def kernel_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...], uniform: bool) -> str | None:
+    """Why the fused kernels can't take these dtypes, or None; uniform: the BN vectors have to share one."""
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; the kernels serve float16, bfloat16 and float32"
     dtypes = {v.dtype for v in vectors if v is not None}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, x.dtype}:
+    if not dtypes <= {torch.float32, x.dtype} or (uniform and len(dtypes) > 1):
         return f"the BN vectors are {sorted(map(str, dtypes))}; the kernels take all in float32 or all in {x.dtype}"
     return None
 

@@ -54,6 +54,7 @@ def statistics_kernel(
 
     n = tl.cdiv(rows - row, BLOCK_M).to(tl.float32)[:, None]  # elements in each place
     merged = tl.sum(mean * n, 0) / rows
+    merged += tl.sum((mean - merged[None, :]) * n, 0) / rows  # what the long sum's roundings lost
     mean -= merged[None, :]
     m2 += mean * mean * n
     at = split * C + c
@@ -84,6 +85,7 @@ def merge_kernel(
     n = tl.where(split < splits, n, 0).to(tl.float32)[:, None]
     means = tl.load(partial_mean + at, mask, other=0.0)
     merged = tl.sum(means * n, 0) / M
+    merged += tl.sum((means - merged[None, :]) * n, 0) / M
     means -= merged[None, :]
     m2s = tl.load(partial_m2 + at, mask, other=0.0) + means * means * n
     pivot = tl.load(z + c, c < C, other=0.0).to(tl.float32)

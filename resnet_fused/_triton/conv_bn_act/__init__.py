@@ -68,6 +68,7 @@ def problem(
         tensor_cores=tensor_cores,
         flat=groups == 1 and C <= _FLAT_CHANNELS,
         descriptors=pointwise and tensor_cores and aligned and capability >= (9, 0) and M < 2**31,
+        wide=capability >= (9, 0),
         multiprocessors=multiprocessors,
     )
 

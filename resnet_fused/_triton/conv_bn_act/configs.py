@@ -20,6 +20,7 @@ class Problem(NamedTuple):
     tensor_cores: bool  # 16-bit, or float32 as TF32
     flat: bool  # few channels: R, S and C are one dimension
     descriptors: bool  # tensor descriptors can serve it: 1x1, stride 1, capability 9.0 or later, rows of 16 bytes
+    wide: bool  # 256 columns fit the registers: capability 9.0 or later
     multiprocessors: int
 
     def programs(self, block_m: int, block_n: int) -> int:
@@ -44,7 +45,7 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m > 64 or p.itemsize == 4 else 4,
+        "num_warps": 8 if block_m > 64 or block_n >= 64 or p.itemsize == 4 else 4,
         "num_stages": max(2, min(stages, steps, _SHARED // stage)),  # no more buffers than there are steps
         "descriptors": descriptors,
     }
@@ -71,10 +72,10 @@ def candidates(p: Problem) -> list[Config]:
     """What a tuner may try, the default first."""
     default = config(p)
     tiles = [t for t in _tiles(p) if 4 * p.programs(*t) >= p.multiprocessors] or _tiles(p)[-1:]
-    if p.tensor_cores and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
+    if p.wide and p.tensor_cores and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
         tiles.append((128, 256))
     found = [default, default | {"num_stages": max(2, default["num_stages"] - 1)}]
-    if p.itemsize == 2 and not p.flat and default["BLOCK_M"] * default["BLOCK_N"] <= 128 * 64:
+    if p.itemsize == 2 and not p.flat and (default["BLOCK_M"], default["BLOCK_N"]) == (128, 64):
         found.append(default | {"num_warps": 4})
     for descriptors in (False, True) if p.descriptors else (False,):
         found += [_config(p, *tile, descriptors=descriptors) for tile in tiles]

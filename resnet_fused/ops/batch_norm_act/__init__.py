@@ -180,8 +180,11 @@ def _update(running_mean: Tensor | None, running_var: Tensor | None, mean, var, 
     if running_mean is None or tape.replays:
         return
     with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            if running.dtype == new.dtype:
+                running.lerp_(new, momentum)
+            else:  # half-precision statistics are rounded once
+                running.copy_(running.to(new.dtype).lerp(new, momentum))
 
 
 def batch_norm_act(

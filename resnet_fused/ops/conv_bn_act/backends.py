@@ -21,7 +21,7 @@ def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | N
     """Why a backend can't serve the call, or None; from metadata alone."""
     if weight.dtype != x.dtype:
         return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
-    reason = _checks.kernel_dtypes(x, vectors)
+    reason = _checks.kernel_dtypes(x, vectors, uniform=backend == "cuda")
     if reason is None and backend == "onednn":
         return _onednn.unsupported(x.dtype)
     if reason is None and backend == "cudnn":
