@@ -1,4 +1,4 @@
-"""SyncBatchNorm and DDP over gloo processes against one process on the whole batch."""
+"""Over gloo processes: SyncBatchNorm against one process on the whole batch; DDP and FSDP2 against eager."""
 
 import os
 import socket
@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused
@@ -15,10 +17,11 @@ import resnet_fused
 SHARES = {2: (3, 5), 3: (2, 4, 2)}  # images of each rank: uneven
 
 
-def small_model(bn=nn.BatchNorm2d):
+def small_model(**kwargs):
     torch.manual_seed(0)
-    layers = [1, 1, 1, 1]
-    return resnet_fused.ResNet(resnet_fused.BasicBlock, layers, num_classes=5, norm_layer=bn, zero_init_residual=True)
+    return resnet_fused.ResNet(
+        resnet_fused.BasicBlock, [1, 1, 1, 1], num_classes=5, zero_init_residual=True, **kwargs
+    ).train()
 
 
 def batch():
@@ -57,7 +60,7 @@ def join(rank, world, port):
 def work(rank, world, port, backend, recompute, folder):
     join(rank, world, port)
     resnet_fused.set_backend(backend)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_model()).train()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_model())
     model.set_recompute(recompute)
     begin = sum(SHARES[world][:rank])
     x, target = (t[begin : begin + SHARES[world][rank]] for t in batch())
@@ -78,7 +81,7 @@ def work(rank, world, port, backend, recompute, folder):
 )
 def test_processes_match_one_on_the_whole_batch(world, backend, recompute, tmp_path):
     mp.spawn(work, (world, free_port(), backend, recompute, str(tmp_path)), world)
-    expected = three_steps(small_model().train(), *batch())
+    expected = three_steps(small_model(), *batch())
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for key, value in expected.items():
         for state in states:
@@ -90,20 +93,33 @@ def test_processes_match_one_on_the_whole_batch(world, backend, recompute, tmp_p
     assert states[0]["bn1.num_batches_tracked"] == 3
 
 
-def work_ddp(rank, world, port, folder):
+def fsdp2():
+    """Sharded by block; FSDP2 refuses channels_last parameters."""
+    model = small_model(channels_last=False)
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        fully_shard(stage[0])
+    return fully_shard(model)
+
+
+WRAPPERS = {"ddp": lambda: DistributedDataParallel(small_model()), "fsdp2": fsdp2}
+
+
+def work_wrapped(rank, world, port, wrapper, folder):
     join(rank, world, port)
     states = []
     for backend in ("eager", "triton"):
         resnet_fused.set_backend(backend)
-        model = DistributedDataParallel(small_model().train())
+        model = WRAPPERS[wrapper]()
         x, target = (t[4 * rank :][:4] for t in batch())
-        states.append(three_steps(model, x, target, total=4))
+        state = three_steps(model, x, target, total=4)
+        states.append({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()})
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ddp_on_the_fused_backend_follows_eager(tmp_path):
-    mp.spawn(work_ddp, (2, free_port(), str(tmp_path)), 2)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models_on_the_fused_backend_follow_eager(wrapper, tmp_path):
+    mp.spawn(work_wrapped, (2, free_port(), wrapper, str(tmp_path)), 2)
     eager, fused = torch.load(tmp_path / "0.pt")
     for key, value in eager.items():
         scale = value.float().abs().max().item()
@@ -111,7 +127,7 @@ def test_ddp_on_the_fused_backend_follows_eager(tmp_path):
 
 
 def test_sync_batch_norm_alone_is_batch_norm_on_the_cpu():
-    sync = nn.SyncBatchNorm.convert_sync_batchnorm(small_model()).train()
-    expected = three_steps(small_model().train(), *batch())
+    sync = nn.SyncBatchNorm.convert_sync_batchnorm(small_model())
+    expected = three_steps(small_model(), *batch())
     for key, value in three_steps(sync, *batch()).items():
         assert torch.equal(value, expected[key]), key

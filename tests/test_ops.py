@@ -125,6 +125,27 @@ def test_opcheck(case, layout):
         torch.library.opcheck(op, raw_arguments(case, torch.float32, layout))
 
 
+@pytest.mark.parametrize("case", [c for c in SMALL if c.op == "batch_norm_act" and c.id != "bn-empty"], **ids)
+def test_opcheck_of_the_training_operators(case):
+    from resnet_fused.ops.batch_norm_act import steps
+
+    args, kwargs = make_inputs(case, dtype=torch.float32)
+    x, weight, bias, mean, var = args
+    residual, bn2, pre_add = kwargs.get("residual"), kwargs.get("residual_bn", (None,) * 4), kwargs.get("pre_add")
+    relu = kwargs.get("act", "relu") == "relu"
+    mask = relu and residual is not None and bn2[2] is None
+    count, sums = torch.tensor(float(x.numel() // x.shape[1])), torch.ones(x.shape[1])
+    with resnet_fused.backend("triton"):
+        torch.library.opcheck(steps.statistics, (x, pre_add))
+        torch.library.opcheck(steps.apply, (*args, 1e-5, residual, *bn2, pre_add, relu, mask))
+        bits = steps.apply(*args, 1e-5, residual, *bn2, pre_add, relu, mask)[1] if mask else None
+        kept = None if bn2[2] is None else residual
+        common = (x + 1, *args, 1e-5, kept, *bn2, bits, relu)
+        torch.library.opcheck(steps.backward_sums, common)
+        rhat = None if bn2[2] is None else sums
+        torch.library.opcheck(steps.backward_dx, (*common, sums, sums, rhat, count, None, True, residual is not None))
+
+
 @pytest.mark.parametrize("case", SMALL, **ids)
 def test_inputs_are_left_alone_and_layout_is_kept(case):
     for backend in ("eager", *FUSED):
