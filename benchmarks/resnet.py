@@ -14,6 +14,7 @@ def main() -> int:
     gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet50"])
+    parser.add_argument("--suite", choices=bench.SUITES, default="inference")
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 32, 1] if gpu else [8, 1])
     parser.add_argument(
         "--dtypes", nargs="+", choices=bench.DTYPES, default=["float16", "bfloat16"] if gpu else ["float32"]
@@ -27,7 +28,7 @@ def main() -> int:
 
     ok = True
     for dtype in args.dtypes:
-        path = args.out / bench.result_name("inference", dtype, "nhwc", device)
+        path = args.out / bench.result_name(args.suite, dtype, "nhwc", device)
         reports = []
         for model in args.models:
             for batch in args.batches:
@@ -36,6 +37,7 @@ def main() -> int:
                     batch,
                     dtype,
                     variants=args.variants,
+                    suite=args.suite,
                     rounds=args.rounds,
                     image_size=args.image_size,
                     track=bench.progress,

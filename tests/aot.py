@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from resnet_fused._triton import batch_norm_act, batch_norm_train, conv_bn_act  # noqa: E402
+from resnet_fused._triton.fold import fold  # noqa: E402
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS = TYPES | {torch.uint8: "u8"}  # the ReLU mask
@@ -153,6 +154,14 @@ def training_launches(dtype: torch.dtype) -> Iterator[Launch]:
     yield from launches
 
 
+def fold_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """BN folded for cuDNN's convolutions."""
+    bn = [torch.empty(64, device="meta")] * 4
+    with recorded() as launches:
+        fold(torch.empty((64, 64, 3, 3), dtype=dtype, device="meta"), None, *bn, 1e-5)
+    yield from launches
+
+
 def conv_launches(conv: Conv, batch: int, dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> Iterator[Launch]:
     """The default configuration, or every candidate."""
     shape, weight_shape = (batch, conv.C, conv.size, conv.size), (conv.K, conv.C // conv.groups, conv.R, conv.R)
@@ -185,6 +194,8 @@ def jobs(arch: int, quick: bool) -> Iterator[Job]:
             yield Job(f"{TYPES[dtype]} batch_norm_act", arch, dtype, launch)
         for launch in training_launches(dtype):
             yield Job(f"{TYPES[dtype]} batch_norm_train", arch, dtype, launch)
+        for launch in fold_launches(dtype):
+            yield Job(f"{TYPES[dtype]} fold", arch, dtype, launch)
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             for conv in CONVS if quick else CONVS + MORE_CONVS:
                 for batch in (256,) if quick else (256, 32, 1):

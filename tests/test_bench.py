@@ -13,7 +13,7 @@ import torch
 
 import resnet_fused
 from resnet_fused import bench, models
-from resnet_fused.bench import engine, timing
+from resnet_fused.bench import cases, engine, timing
 
 SMALL = dict(model="resnet18", batch=2, image_size=64, device="cpu", rounds=2)
 CPU = torch.device("cpu")
@@ -40,9 +40,7 @@ def plant(monkeypatch):
             model.fc.register_forward_hook(lambda module, args, logits: wrong(logits))
             return model
 
-        monkeypatch.setattr(
-            engine, "models", types.SimpleNamespace(get_model=get_model, list_models=models.list_models)
-        )
+        monkeypatch.setattr(cases, "models", types.SimpleNamespace(get_model=get_model, list_models=models.list_models))
 
     return plant
 
@@ -177,6 +175,66 @@ def test_bfloat16_is_held_to_torchvisions_own_error(timed):
     assert 2 * results["torchvision-nhwc"].error < results["resnet_fused"].limit < 3 * results["torchvision-nhwc"].error
 
 
+TRAINING = SMALL | dict(image_size=33, suite="training")
+
+
+def test_train_step_has_torchvisions_bits_and_is_timed(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "report.json"
+    small = ("--suite", "training", "--model", "resnet18", "--batch", 2, "--image-size", 33, "--device", "cpu")
+    variants = "torchvision-nchw,torchvision-nhwc,resnet_fused,resnet_fused-onednn"
+    assert run_command(*small, "--rounds", 2, "--variants", variants, "--json", path) == 0
+    table = capsys.readouterr().out
+    assert "resnet18 training" in table and "ms/step" in table
+    report = json.loads(path.read_text())
+    assert report["task"] == "training"
+    nchw, nhwc, ours, onednn = report["results"]
+    assert ours["bit_identical"] and 0 < ours["error"] == nhwc["error"] < ours["limit"] and ours["ran"]["eager"] == 20
+    assert all(result["status"] == "measured" and len(result["samples_ms"]) == 2 for result in (nchw, nhwc, ours))
+    assert onednn["status"] == "unavailable" and not onednn["samples_ms"]
+
+
+def test_train_step_under_autocast(timed):
+    pytest.importorskip("torchvision")
+    report = bench.run(variants=["torchvision-nhwc", "resnet_fused"], dtype="bfloat16", **TRAINING)
+    assert report.ok and by_name(report)["resnet_fused"].bit_identical
+    assert by_name(report)["resnet_fused"].error > 1e-3, "autocast was off"
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 1.001
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [WrongGradient.apply, lambda y: y + torch.arange(y.shape[1]) * 1e-3, lambda y: y * math.nan],
+    ids=["gradient", "loss", "NaN"],
+)
+@pytest.mark.parametrize("library", ["resnet_fused", "torchvision-compile"])
+def test_wrong_train_step_is_refused_and_not_timed(plant, timed, monkeypatch, library, wrong):
+    if library == "resnet_fused":
+        plant(wrong)
+    else:  # need not have the same bits
+        monkeypatch.setattr(
+            torch,
+            "compile",
+            lambda model, **kwargs: (
+                model.fc.register_forward_hook(lambda module, args, logits: wrong(logits)) and model
+            ),
+        )
+    report = bench.run(variants=["torchvision-nhwc", library], **TRAINING)
+    result = by_name(report)[library]
+    assert result.status == "refused" and not result.error <= result.limit
+    assert timed == ["torchvision-nhwc"] and not report.ok
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_rounds_are_interleaved_and_rotated(monkeypatch):
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
@@ -227,6 +285,7 @@ def test_table_shows_medians_and_quartiles():
         (dict(model="resnet51"), ["model", "resnet51", "resnet50"]),
         (dict(variants=["resnet_fused", "tensorrt"]), ["variants", "tensorrt", "torchvision-nhwc"]),
         (dict(baseline="resnet_fused-cuda"), ["baseline", "resnet_fused-cuda", "torchvision-nchw"]),
+        (dict(suite="eval"), ["suite", "eval", "training"]),
         (dict(dtype="float64"), ["dtype", "float64", "bfloat16"]),
         (dict(batch=0), ["batch", "0"]),
         (dict(rounds=0), ["rounds", "0"]),
@@ -273,6 +332,7 @@ def test_default_variants_are_those_that_are_there():
     variants = bench.default_variants(CPU)
     assert variants[:4] == ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile", "resnet_fused")
     assert set(variants) <= set(bench.VARIANTS)
+    assert bench.default_variants(CPU, "training") == variants[:4]
     assert not {"resnet_fused-eager", "resnet_fused-cuda", "resnet_fused-triton"} & set(variants)
 
 

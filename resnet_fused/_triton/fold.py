@@ -38,9 +38,8 @@ def fold_kernel(
     w = tl.load(weight + k * L + i, i < L, other=0.0).to(tl.float32) * scale
     tl.store(folded_weight + k * L + i, round_to(w, folded_weight.dtype.element_ty), i < L)
     if tl.program_id(1) == 0:
-        first = tl.arange(0, 1)
-        shift = tl.zeros([1], tl.float32) + shift
-        tl.store(folded_bias + k + first, round_to(shift, folded_bias.dtype.element_ty))
+        one = tl.arange(0, 1)
+        tl.store(folded_bias + k + one, round_to(tl.zeros([1], tl.float32) + shift, folded_bias.dtype.element_ty))
 
 
 def fold(

@@ -7,14 +7,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .engine import DTYPES, VARIANTS, run
+from .cases import SUITES, VARIANTS
+from .engine import DTYPES, run
 from .report import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resnet-fused bench`."""
     parser.add_argument("--model", default="resnet50", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, help="images a forward pass; default: 8 on the CPU, 128 on a GPU")
+    parser.add_argument(
+        "--suite", default="inference", help=f"{' or '.join(SUITES)}, one train step a call; default: %(default)s"
+    )
+    parser.add_argument("--batch", type=int, help="images a call; default: 8 on the CPU, 128 on a GPU")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on the CPU, float16 on a GPU")
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: a GPU where there is one')
     parser.add_argument(
@@ -42,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
         args.dtype,
         args.device,
         args.variants.split(",") if args.variants is not None else None,
+        suite=args.suite,
         baseline=args.baseline,
         rounds=args.rounds,
         image_size=args.image_size,

@@ -29,7 +29,7 @@ class Result:
     layout: str  # of the images: "nchw" or "nhwc"
     status: str = "measured"  # or "refused" (wrong numbers), "unavailable", "failed"
     reason: str = ""
-    error: float | None = None  # largest absolute difference of a logit from the float64 run
+    error: float | None = None  # largest difference from float64: of a logit, or in training of a relative gradient
     limit: float | None = None
     bit_identical: bool | None = None  # to torchvision in channels_last
     ran: dict[str, int] = field(default_factory=dict)  # what served the layers, and how many
@@ -56,7 +56,7 @@ class Report:
     baseline: str
     conditions: dict[str, Any]
     results: list[Result] = field(default_factory=list)
-    task: str = "inference"
+    task: str = "inference"  # the suite
 
     @property
     def ok(self) -> bool:
@@ -71,7 +71,18 @@ class Report:
             f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}",
             "",
         ]
-        rows = [("variant", "img/s", "ms/batch", "(quartiles)", "ratio", "(quartiles)", "peak MiB", "parity")]
+        rows = [
+            (
+                "variant",
+                "img/s",
+                f"ms/{'step' if self.task == 'training' else 'batch'}",
+                "(quartiles)",
+                "ratio",
+                "(quartiles)",
+                "peak MiB",
+                "parity",
+            )
+        ]
         for r in self.results:
             figures = ("-",) * 5
             if r.samples_ms:

@@ -1,0 +1,210 @@
+"""What a suite measures: the variants' models, one call of each, and how far it is from float64 torchvision."""
+
+import contextlib
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _registry, models
+from ..explain import explain
+from .report import Result
+from .timing import peak_mib
+
+TORCHVISION = ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
+VARIANTS = (*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in _registry.BACKENDS))
+
+
+class Case:
+    """One model with its weights and images, and what torchvision makes of them; subclasses say what a call is."""
+
+    def __init__(
+        self, torchvision: ModuleType, model: str, batch: int, image_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.torchvision, self.model, self.dtype, self.device = torchvision, model, dtype, device
+        self.state = _realistic_state(torchvision, model, image_size)
+        images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        images = images.to(device, self.stored)
+        self.inputs = {"nchw": images, "nhwc": images.contiguous(memory_format=torch.channels_last)}
+        with self.grad_mode():
+            self.expected = self._exact()
+            net = self._build("torchvision-nhwc")
+            self.nhwc = self._results(net, self._call(net, self.inputs["nhwc"], "auto")())
+        own_errors = self._errors(self.nhwc)
+        if not all(map(math.isfinite, own_errors)):
+            raise ValueError(f"torchvision's own {model} has no finite {self.what} in {dtype}: nothing to compare with")
+        rounding = torch.finfo(dtype).eps / 2
+        scales = [max(_max_abs(e) / self._unit(e) for e in group) for group in self.expected]
+        self.limits = [2 * own + rounding * scale for own, scale in zip(own_errors, scales, strict=True)]
+
+    def prepare(self, name: str) -> tuple[Result, Callable[[], Tensor] | None]:
+        """The variant's parity and memory, and its call."""
+        result = Result(name, "nchw" if name == "torchvision-nchw" else "nhwc", limit=self.limits[0])
+        backend = name.partition("-")[2] if name.startswith("resnet_fused-") else "auto"
+        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        try:
+            net, x = self._build(name), self.inputs[result.layout]
+            if name == "torchvision-compile":
+                torch.compiler.reset()  # a size seen before would make the graph dynamic
+                net = torch.compile(net, dynamic=False)
+            call = self._call(net, x, backend)
+            with self.grad_mode():
+                self._compare(result, self._results(net, call()))
+                result.peak_mib = peak_mib(call, held, self.device)
+                if name.startswith("resnet_fused"):
+                    with _registry.backend(backend), self.autocast():
+                        result.ran = dict(Counter(entry for row in explain(net, x) for entry in row.ran))
+        except Exception as error:  # whatever stops one variant, the others are still measured
+            absent = isinstance(error, _registry.BackendUnavailable) or name == "torchvision-compile"
+            result.status = "unavailable" if absent else "failed"
+            result.reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return result, None
+        if not result.error <= result.limit:  # NaN is refused too
+            result.status, result.reason = "refused", f"error {result.error:.1e}, allowed {result.limit:.1e}"
+        elif self.device.type == "cpu" and name in ("resnet_fused", "resnet_fused-eager") and not result.bit_identical:
+            result.status, result.reason = "refused", f"not torchvision-nhwc's bits, error {result.error:.1e}"
+        return result, call
+
+    def _compare(self, result: Result, found: list[list[Tensor]]) -> None:
+        """Error and limit of the group of results that is nearest to its limit or furthest beyond it."""
+        pairs = zip(self._errors(found), self.limits, strict=True)
+        result.error, result.limit = max(pairs, key=lambda p: math.inf if math.isnan(p[0]) else p[0] / p[1])
+        result.bit_identical = all(
+            torch.equal(a, b)
+            for ours, theirs in zip(found, self.nhwc, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+
+    def _errors(self, found: list[list[Tensor]]) -> list[float]:
+        """Each group's largest difference from the float64 run."""
+        return [
+            torch.tensor([_max_abs(f.double() - e) / self._unit(e) for f, e in zip(ours, exact, strict=True)])
+            .max()  # of NaN too, unlike Python's
+            .item()
+            for ours, exact in zip(found, self.expected, strict=True)
+        ]
+
+    def _build(self, name: str) -> nn.Module:
+        library = models if name.startswith("resnet_fused") else self.torchvision.models
+        net = library.get_model(self.model, weights=None)
+        net.load_state_dict(self.state)
+        net = net.train(self.trains).to(self.device, self.stored)
+        return net.to(memory_format=torch.channels_last) if name in TORCHVISION[1:] else net
+
+
+class Inference(Case):
+    """The forward pass in eval mode, weights and images in the dtype; the logits are compared as they are."""
+
+    what, trains = "logits", False
+    grad_mode = staticmethod(torch.inference_mode)
+    autocast = staticmethod(contextlib.nullcontext)
+
+    @property
+    def stored(self) -> torch.dtype:
+        return self.dtype
+
+    def _exact(self) -> list[list[Tensor]]:
+        oracle = self._build("torchvision-nchw").double()
+        # float64 activations are large: 16 images at a time
+        return [[torch.cat([oracle(chunk.double()) for chunk in self.inputs["nchw"].split(16)])]]
+
+    def _unit(self, expected: Tensor) -> float:
+        return 1.0
+
+    def _call(self, net: nn.Module, x: Tensor, backend: str) -> Callable[[], Tensor]:
+        return functools.partial(_forward, net, x, backend)
+
+    def _results(self, net: nn.Module, logits: Tensor) -> list[list[Tensor]]:
+        return [[logits]]
+
+
+class Training(Case):
+    """A train step with float32 weights, under autocast in half precision.
+
+    The loss and the gradients of the first step are compared, each tensor relative to its largest exact element.
+    """
+
+    what, trains, stored = "loss and gradients", True, torch.float32
+    grad_mode = staticmethod(torch.enable_grad)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        low = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
+
+    def _exact(self) -> list[list[Tensor]]:
+        oracle = self._build("torchvision-nchw").double()
+        x = self.inputs["nchw"].double()
+        loss = F.cross_entropy(oracle(x), _labels(x))
+        loss.backward()
+        return self._results(oracle, loss.detach())
+
+    def _unit(self, expected: Tensor) -> float:
+        return max(_max_abs(expected), torch.finfo(torch.float32).tiny)
+
+    def _call(self, net: nn.Module, x: Tensor, backend: str) -> Callable[[], Tensor]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+        # a scale at which no float16 gradient of these weights overflows, or the first step would be skipped
+        scales = self.dtype == torch.float16 and self.device.type == "cuda"
+        scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=scales)
+        return functools.partial(self._step, net, x, _labels(x), backend, optimizer, scaler)
+
+    def _step(
+        self,
+        net: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        backend: str,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> Tensor:
+        optimizer.zero_grad()
+        with _registry.backend(backend):
+            with self.autocast():
+                loss = F.cross_entropy(net(x), labels)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)  # leaves the gradients unscaled
+        scaler.update()
+        return loss.detach()
+
+    def _results(self, net: nn.Module, loss: Tensor) -> list[list[Tensor]]:
+        return [[loss], [p.grad for p in net.parameters()]]
+
+
+SUITES: dict[str, type[Case]] = {"inference": Inference, "training": Training}
+
+
+def _labels(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) % 1000
+
+
+def _forward(net: nn.Module, x: Tensor, backend: str) -> Tensor:
+    with _registry.backend(backend):
+        return net(x)
+
+
+def _realistic_state(torchvision: ModuleType, model: str, image_size: int) -> dict[str, Tensor]:
+    """Weights whose every BN vector matters and whose activations stay near one, as in a trained model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        net = torchvision.models.get_model(model, weights=None)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.2)
+                module.momentum = 1.0  # running statistics: those of the one batch below
+        for module in net.modules():
+            if isinstance(module, (torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck)):
+                # weak residual branches, or random weights amplify rounding errors a hundredfold
+                getattr(module, "bn3", module.bn2).weight.data.mul_(0.25)
+        with torch.no_grad():
+            net(torch.randn(4, 3, image_size, image_size))
+    return net.state_dict()
+
+
+def _max_abs(x: Tensor) -> float:
+    return x.abs().max().item()
