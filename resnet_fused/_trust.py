@@ -9,6 +9,7 @@ from ._store import Store
 
 _stores: dict[torch.device, Store] = {}  # verdicts: "" where the kernels passed, else what was wrong
 _warned: set[str] = set()
+generation = 0  # moves when verdicts are dropped, for who keeps one
 
 
 def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -> str | None:
@@ -36,6 +37,8 @@ def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -
 
 def forget() -> None:
     """Drop the verdicts in memory; those on disk are read anew."""
+    global generation
+    generation += 1
     _stores.clear()
     _warned.clear()
 

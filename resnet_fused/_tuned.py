@@ -7,6 +7,7 @@ import torch
 from ._store import Store
 
 _stores: dict[torch.device, Store] = {}
+generation = 0  # moves with every change, for who keeps what he looked up
 
 
 def lookup(device: torch.device, key: str) -> dict[str, Any] | None:
@@ -16,11 +17,15 @@ def lookup(device: torch.device, key: str) -> dict[str, Any] | None:
 
 
 def remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
+    global generation
+    generation += 1
     _store(device)[key] = entry
 
 
 def forget() -> None:
     """Drop what is in memory; the file is read anew."""
+    global generation
+    generation += 1
     _stores.clear()
 
 

@@ -29,7 +29,7 @@ class Result:
     layout: str  # of the images: "nchw" or "nhwc"
     status: str = "measured"  # or "refused" (wrong numbers), "unavailable", "failed"
     reason: str = ""
-    error: float | None = None  # largest difference from float64: of a logit, or in training of a relative gradient
+    error: float | None = None  # largest difference from float64: a logit's, or in training a gradient's, relative
     limit: float | None = None
     bit_identical: bool | None = None  # to torchvision in channels_last
     ran: dict[str, int] = field(default_factory=dict)  # what served the layers, and how many
@@ -71,18 +71,8 @@ class Report:
             f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}",
             "",
         ]
-        rows = [
-            (
-                "variant",
-                "img/s",
-                f"ms/{'step' if self.task == 'training' else 'batch'}",
-                "(quartiles)",
-                "ratio",
-                "(quartiles)",
-                "peak MiB",
-                "parity",
-            )
-        ]
+        per_call = "ms/step" if self.task == "training" else "ms/batch"
+        rows = [("variant", "img/s", per_call, "(quartiles)", "ratio", "(quartiles)", "peak MiB", "parity")]
         for r in self.results:
             figures = ("-",) * 5
             if r.samples_ms:

@@ -75,8 +75,8 @@ class Draw:
     def __init__(self, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(0)
 
-    def like(self, t: Tensor, *, positive: bool = False, scale: float = 1.0) -> Tensor:
-        shape = (min(t.shape[0], 2), *t.shape[1:]) if t.dim() == 4 and scale == 1.0 else t.shape
+    def like(self, t: Tensor, *, positive: bool = False, images: bool = True, scale: float = 1.0) -> Tensor:
+        shape = (min(t.shape[0], 2), *t.shape[1:]) if t.dim() == 4 and images else t.shape
         values = torch.randn(shape, generator=self.generator, device=t.device) * scale
         values = (values.tanh() / 2 + 1 if positive else values).to(t.dtype)
         channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)

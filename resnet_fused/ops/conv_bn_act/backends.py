@@ -31,6 +31,34 @@ def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | N
 
 def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
     """The registered operator: choose, launch, and answer with eager where every check failed."""
+    call = _metadata(args)
+    plan = _plans.get(call)
+    if plan is None:
+        plan = _plan(reference, args)
+        if plan[0].backend != "eager":  # eager's reason may pass: a check that a capture put off
+            _plans[call] = plan
+    choice, config = plan
+    _registry.record("conv_bn_act", choice, args)
+    if choice.backend == "eager":
+        positional, kwargs = reference_arguments(args)
+        return reference(*positional, **kwargs).contiguous(memory_format=torch.channels_last)
+    return launch(choice.backend, args, config)
+
+
+_plans: dict[tuple, tuple[_registry.Choice, Config]] = {}  # what was chosen for calls of this metadata
+
+
+def _metadata(args: tuple) -> tuple:
+    """All that a choice depends on; cheaper than choosing again."""
+    x, weight, *vectors, eps, stride, padding, dilation, groups, residual, relu = args
+    return (
+        *(None if t is None else t.dtype for t in (x, *vectors)),
+        *(x.device, x.shape, weight.shape, weight.dtype, *stride, *padding, *dilation, groups),
+        *(residual is None, relu, _allow_tf32(x), _registry.get_backend(), _tuned.generation, _trust.generation),
+    )
+
+
+def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choice, Config]:
     x, weight, _, *vectors, _, _, _, _, _, _, relu = args
     config = None
 
@@ -41,15 +69,12 @@ def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
         return reason or refused(name, args, config, reference)
 
     tuned = _tuned.lookup(x.device, key(args))
-    choice = _registry.choose("conv_bn_act", x.device, serves, shape_class(weight))
-    if choice.backend != "eager" and config is None and split_reason(choice.backend, args) is not None:
-        note = (f"{choice.backend} in one kernel", split_reason(choice.backend, args))
-        choice = choice._replace(rejected=(*choice.rejected, note))
-    _registry.record("conv_bn_act", choice, args)
-    if choice.backend == "eager":
-        positional, kwargs = reference_arguments(args)
-        return reference(*positional, **kwargs).contiguous(memory_format=torch.channels_last)
-    return launch(choice.backend, args, config)
+    first = None if tuned is None else tuned["backend"]
+    choice = _registry.choose("conv_bn_act", x.device, serves, shape_class(weight), first)
+    split = None if choice.backend == "eager" or config is not None else split_reason(choice.backend, args)
+    if split is not None:
+        choice = choice._replace(rejected=(*choice.rejected, (f"{choice.backend} in one kernel", split)))
+    return choice, config
 
 
 def shape_class(weight: Tensor) -> str:
@@ -135,7 +160,7 @@ def compare(backend: str, args: tuple, config: Config, reference: Callable[..., 
     for i, a in enumerate(args):
         if isinstance(a, Tensor):
             fan_in = a[0].numel() if i == 1 else 1
-            args[i] = draw.like(a, positive=i == 6, scale=fan_in**-0.5)
+            args[i] = draw.like(a, positive=i == 6, images=i != 1, scale=fan_in**-0.5)
     positional, kwargs = reference_arguments(args)
     return _numerics.mismatch((launch(backend, tuple(args), config),), reference, positional, kwargs)
 
