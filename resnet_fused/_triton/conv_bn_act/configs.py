@@ -65,7 +65,10 @@ def config(p: Problem) -> Config:
     """The default: the largest tile that still gives every multiprocessor a program, else the smallest."""
     tiles = _tiles(p)
     tile = next((t for t in tiles if p.programs(*t) >= p.multiprocessors), tiles[-1])
-    return _config(p, *tile, descriptors=p.descriptors)
+    found = _config(p, *tile, descriptors=p.descriptors)
+    if p.multiprocessors == 1 and not p.flat:  # Triton's interpreter, where a step costs the same whatever its size
+        found |= {"BLOCK_M": 64, "BLOCK_N": _power_of_2(16, p.K, 512), "BLOCK_K": _power_of_2(16, p.C, 512)}
+    return found
 
 
 def candidates(p: Problem) -> list[Config]:
