@@ -1,7 +1,6 @@
 """A wrong kernel is caught, disabled and named, and the answer is eager's, whatever the files that remember it hold."""
 
 import json
-import sys
 import warnings
 
 import pytest
@@ -9,10 +8,10 @@ import torch
 
 import resnet_fused
 from resnet_fused import _registry, _store, _trust, ops, testing
+from resnet_fused.ops.batch_norm_act import steps
 from resnet_fused.testing import CASES, make_inputs
 
 CASE = next(c for c in CASES if c.id == "bn-join")
-MODULE = sys.modules["resnet_fused.ops.batch_norm_act"]  # the package holds the function under that name
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +34,8 @@ def planted(monkeypatch):
         args[5] = None
         return launch(backend, x, *args)
 
-    launch = MODULE.launch
-    monkeypatch.setattr(MODULE, "launch", wrong)
+    launch = steps.launch
+    monkeypatch.setattr(steps, "launch", wrong)
     return calls
 
 
@@ -52,7 +51,7 @@ def stored(tmp_path):
 
 
 def test_a_wrong_kernel_is_caught_once_and_named(planted, tmp_path):
-    with pytest.warns(UserWarning, match="batch_norm_act/triton/torch.float32.*is disabled.*off by .* budget"):
+    with pytest.warns(UserWarning, match="batch_norm_act_apply/triton/torch.float32.*is disabled.*off by .* budget"):
         y, expected = call()
     assert torch.equal(y, expected) and len(planted) == 1
     with warnings.catch_warnings():
@@ -66,7 +65,7 @@ def test_the_verdict_is_remembered(tmp_path, monkeypatch):
     call()
     assert list(stored(tmp_path)[1]["entries"].values()) == [""]
     _trust.forget()
-    monkeypatch.setattr(MODULE, "_compare", lambda *args: pytest.fail("checked again"))
+    monkeypatch.setattr(_trust, "_verdict", lambda *args: pytest.fail("checked again"))
     call()
 
 
@@ -80,7 +79,7 @@ def test_a_kernel_that_raises_is_disabled_too(monkeypatch):
     def broken(*args):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(MODULE, "launch", broken)
+    monkeypatch.setattr(steps, "launch", broken)
     with pytest.warns(UserWarning, match="it raised RuntimeError: out of resource: shared memory"):
         y, expected = call()
     assert torch.equal(y, expected)
