@@ -211,9 +211,10 @@ def unique(all_jobs: Iterator[Job]) -> list[Job]:
     return list(found.values())
 
 
-def compile_job(key: tuple[int, bool], index: int) -> tuple[str, list[str]]:
+def compile_job(task: tuple[int, bool, int]) -> tuple[str, list[str]]:
     """The line to print, and what is wrong."""
-    job = _jobs(*key)[index]
+    arch, quick, index = task
+    job = _jobs(arch, quick)[index]
     launch, target = job.launch, GPUTarget("cuda", job.arch, 32)
     start = time.perf_counter()
     compiled = triton.compile(source(launch), target=target, options=launch.options)
@@ -264,13 +265,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the default configurations only")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED), default=list(SHARED))
     args = parser.parse_args(argv)
-    tasks = [((arch, args.quick), i) for arch in args.arch for i in range(len(_jobs(arch, args.quick)))]
+    tasks = [(arch, args.quick, i) for arch in args.arch for i in range(len(_jobs(arch, args.quick)))]
     print(f"triton {triton.__version__}: {len(tasks)} kernels")
     failures = 0
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-            for line, wrong in pool.starmap(compile_job, tasks, chunksize=1):
+            for line, wrong in pool.imap(compile_job, tasks):
                 print(line, *(f"<- {w}" for w in wrong), flush=True)
                 failures += bool(wrong)
     print(f"{failures} of {len(tasks)} kernels are wrong" if failures else "all kernels are right")
