@@ -1,6 +1,7 @@
 """The build backend: setuptools, asking for torch and compiling CUDA only where `why_not_cuda` finds no objection."""
 
 import ctypes
+import importlib.metadata
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that are not overridden
 
-CUDA_REQUIREMENTS = ["torch>=2.11", "ninja"]
+CUDA_REQUIREMENTS = ["torch>=2.11", "ninja", "nvidia-cutlass==4.2.0.0"]  # of the last one the headers
 DEFAULT_ARCHS = "8.0+PTX 9.0a"  # without a GPU to ask: PTX serves later ones
 _GO_AHEAD = "to compile them, have a CUDA toolkit and set RESNET_FUSED_FORCE_CUDA=1"
 
@@ -98,6 +99,19 @@ def gencode(archs: list[str]) -> dict[str, str]:
         for target in [f"sm_{number}"] + [f"compute_{number}"] * (match[3] is not None):
             flags[target] = f"-gencode=arch=compute_{number},code={target}"
     return flags
+
+
+def cutlass_includes() -> list[str]:
+    """CUTLASS's header folders, from the installed nvidia-cutlass.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    try:
+        files = importlib.metadata.distribution("nvidia-cutlass").locate_file("cutlass_library/source")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError("CUTLASS's headers were not found; pip install nvidia-cutlass==4.2.0.0") from None
+    return [str(files / "include"), str(files / "tools/util/include")]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +56,77 @@ def batch_norm_act(
         x, weight, bias, mean, var, eps,
         residual, residual_weight, residual_bias, residual_mean, residual_var, pre_add, relu,
     )  # fmt: skip
+
+
+def conv_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+) -> str | None:
+    """Why the convolution kernels can't serve, or None; from metadata alone."""
+    if x.dtype == torch.float32 and not allow_tf32:
+        return (
+            "the CUDA convolutions multiply float32 as TF32, which is not allowed; "
+            'torch.backends.cudnn.conv.fp32_precision = "tf32" allows it'
+        )
+    return _conv_plans(x, weight, stride, padding, dilation, groups)[0]
+
+
+def conv_configs(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> list[dict[str, int]]:
+    """Tiles and splits that can serve a supported convolution, the fastest by estimate first."""
+    names = ("tile_m", "tile_n", "splits")
+    return [
+        dict(zip(names, plan, strict=True)) for plan in _conv_plans(x, weight, stride, padding, dilation, groups)[1]
+    ]
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    relu: bool,
+    config: dict[str, int],
+) -> Tensor:
+    """act(BN(conv(x) + bias) + residual) with given statistics, in one kernel.
+
+    x, residual: [N, C, H, W], weight: [K, C, R, S], all dense channels_last; bias and BN vectors: [K]; groups is 1.
+
+    Raises:
+        RuntimeError: an argument has another shape, dtype, layout, alignment or device, or the kernel can't be launched.
+    """
+    return torch.ops.resnet_fused_cuda.conv_bn_act.default(
+        x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, residual, relu, **config
+    )
+
+
+def _conv_plans(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> tuple[str | None, list]:
+    if torch.compiler.is_compiling():  # decided when the operator runs
+        return None, []
+    problem = (x.shape, weight.shape, stride, padding, dilation, groups, x.element_size())
+    return _C.conv_plans(*problem, *_device(x.get_device()))
+
+
+@lru_cache
+def _device(index: int) -> tuple[int, int, int]:
+    """Compute capability and multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor, properties.multi_processor_count
 
 
 def torch_mismatch(torch_version: str, cuda: str | None, hip: str | None) -> str | None:

@@ -59,10 +59,10 @@ def tune(model: nn.Module, x: Tensor, timer: Timer = _cuda_timer) -> dict[str, d
 
 
 def _fastest(args: tuple, timer: Timer) -> dict[str, Any]:
-    x, weight, _, *vectors, _, _, _, _, _, _, relu = args
+    x, weight, *_ = args
     times: list[tuple[float, str, backends.Config]] = []
     for backend in _registry.candidates(x.device, backends.shape_class(weight)):
-        if _registry.unavailable(backend, x.device) or backends.supported(backend, x, weight, tuple(vectors), relu):
+        if _registry.unavailable(backend, x.device) or backends.supported(backend, args):
             continue
         for config in backends.configs(backend, args):
             with warnings.catch_warnings():  # a candidate that does not fit this device is no news here

@@ -170,12 +170,15 @@ def conv_bn_act(
     if residual is not None:
         _checks.like("residual", residual, out_shape(x, weight, stride, padding, dilation), x)
 
+    args = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    args = (*args, stride, padding, dilation, groups, residual, act == "relu")
+
     def serves(name: str) -> str | None:
         if name == "onednn" and _checks.needs_grad((x, weight, bias, bn_weight, bn_bias, residual)):
             return "onednn has no gradients; call it under torch.no_grad() or torch.inference_mode()"
         if _checks.needs_grad((bn_weight, bn_bias)):
             return "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
-        return backends.supported(name, x, weight, (bn_weight, bn_bias, running_mean, running_var), act == "relu")
+        return backends.supported(name, args)
 
     choice = _registry.choose("conv_bn_act", x.device, serves, backends.shape_class(weight))
     if choice.backend == "eager":
@@ -196,8 +199,6 @@ def conv_bn_act(
             residual=residual,
             act=act,
         )
-    args = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-    args = (*args, stride, padding, dilation, groups, residual, act == "relu")
     return (_ConvBNAct.apply if _checks.needs_grad(args) else _op)(*args)
 
 

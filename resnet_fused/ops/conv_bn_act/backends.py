@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _cudnn, _onednn, _registry, _triton, _trust, _tuned
+from ... import _cuda, _cudnn, _onednn, _registry, _triton, _trust, _tuned
 from .. import _checks, _numerics
 from ..batch_norm_act import launch as launch_bn
 
@@ -17,15 +17,18 @@ if _triton.IMPORT_ERROR is None:
 Config = dict[str, Any] | None
 
 
-def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...], relu: bool) -> str | None:
-    """Why a backend can't serve the call, or None; from metadata alone."""
+def supported(backend: str, args: tuple) -> str | None:
+    """Why a backend can't serve the call, or None; from metadata alone. Arguments as in the schema."""
+    x, weight, _, *vectors, _, stride, padding, dilation, groups, _, relu = args
     if weight.dtype != x.dtype:
         return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
-    reason = _checks.kernel_dtypes(x, vectors, uniform=backend == "cuda")
+    reason = _checks.kernel_dtypes(x, tuple(vectors), uniform=backend == "cuda")
     if reason is None and backend == "onednn":
         return _onednn.unsupported(x.dtype)
     if reason is None and backend == "cudnn":
         return _cudnn.unsupported(relu)
+    if reason is None and backend == "cuda":
+        return _cuda.conv_unsupported(x, weight, stride, padding, dilation, groups, _allow_tf32(x))
     return reason
 
 
@@ -54,18 +57,20 @@ def _metadata(args: tuple) -> tuple:
     return (
         *(None if t is None else t.dtype for t in (x, *vectors)),
         *(x.device, x.shape, weight.shape, weight.dtype, *stride, *padding, *dilation, groups),
+        _misaligned(args),
         *(residual is None, relu, _allow_tf32(x), _registry.get_backend(), _tuned.generation, _trust.generation),
     )
 
 
 def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choice, Config]:
-    x, weight, _, *vectors, _, _, _, _, _, _, relu = args
+    x, weight, *_ = args
     config = None
 
     def serves(name: str) -> str | None:
         nonlocal config
-        config = tuned["config"] if tuned is not None and tuned["backend"] == name else default_config(name, args)
-        reason = supported(name, x, weight, tuple(vectors), relu)
+        reason = supported(name, args) or (_misaligned(args) if name == "cuda" else None)
+        if reason is None:
+            config = tuned["config"] if tuned is not None and tuned["backend"] == name else default_config(name, args)
         return reason or refused(name, args, config, reference)
 
     tuned = _tuned.lookup(x.device, key(args))
@@ -75,6 +80,15 @@ def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choi
     if split is not None:
         choice = choice._replace(rejected=(*choice.rejected, (f"{choice.backend} in one kernel", split)))
     return choice, config
+
+
+def _misaligned(args: tuple) -> str | None:
+    """Why the CUDA kernels can't read or write these tensors 16 bytes at a time, or None."""
+    x, weight, *_, residual, _ = args
+    for name, t in (("x", x), ("weight", weight), ("residual", residual)):
+        if t is not None and t.data_ptr() % 16:
+            return f"{name} does not start at a multiple of 16 bytes, which the CUDA convolutions need"
+    return None
 
 
 def shape_class(weight: Tensor) -> str:
@@ -92,8 +106,6 @@ def key(args: tuple) -> str:
 
 def split_reason(backend: str, args: tuple) -> str | None:
     """Why PyTorch's convolution and one fused pass serve, instead of one kernel; None where one kernel does."""
-    if backend == "cuda":
-        return "the extension has no convolution yet: PyTorch's, then BN, add and ReLU in one pass"
     if backend != "triton":
         return None
     x, weight, *_, stride, padding, dilation, groups, _, _ = args
@@ -102,14 +114,21 @@ def split_reason(backend: str, args: tuple) -> str | None:
 
 
 def default_config(backend: str, args: tuple) -> Config:
-    """The tile that Triton's kernels take by default for this problem; None where there is nothing to choose."""
-    if backend != "triton" or split_reason(backend, args) is not None or args[0].numel() == 0:
+    """What our own kernels take by default for this problem, a tile; None where there is nothing to choose."""
+    if args[0].numel() == 0:
+        return None
+    if backend == "cuda":
+        return configs(backend, args)[0]
+    if backend != "triton" or split_reason(backend, args) is not None:
         return None
     return _triton_kernels.config(_problem(args))
 
 
 def configs(backend: str, args: tuple) -> list[Config]:
-    """What `tune` tries."""
+    """What `tune` tries, the default first."""
+    if backend == "cuda":
+        x, weight, *_, stride, padding, dilation, groups, _, _ = args
+        return _cuda.conv_configs(x, weight, stride, padding, dilation, groups)
     if default_config(backend, args) is None:
         return [None]
     return _triton_kernels.candidates(_problem(args))
@@ -137,6 +156,9 @@ def launch(backend: str, args: tuple, config: Config = None) -> Tensor:
         return _onednn.conv_bn_act(x, *args[1:])
     if backend == "cudnn":
         return _cudnn.conv_bn_act(x, *args[1:])
+    if backend == "cuda" and config is not None:
+        weight, residual = (None if t is None else _numerics.dense(t) for t in (weight, residual))
+        return _cuda.conv_bn_act(x, weight, bias, *bn, eps, *conv_args, residual, relu, config)
     y = F.conv2d(x, weight, bias, *conv_args)
     return launch_bn(backend, y, *bn, eps, residual, None, None, None, None, None, relu)[0]
 

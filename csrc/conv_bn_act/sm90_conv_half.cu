@@ -1,0 +1,3 @@
+#include "sm90_conv.cuh"
+
+template resnet_fused::Failure resnet_fused::sm90::conv<cutlass::half_t>(const ConvArguments&, cudaStream_t);
