@@ -93,10 +93,9 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   const int32_t device = x.get_device_index();
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const ConvProblem problem{
-      x.size(0),      x.size(2), x.size(3),  x.size(1),  K,           weight.size(2), weight.size(3),
-      stride[0],      stride[1], padding[0], padding[1], dilation[0], dilation[1],    1,
-      int64_t(x.element_size())};
+  const ConvProblem problem{x.size(0),      x.size(2),      x.size(3),   x.size(1), K,
+                            weight.size(2), weight.size(3), stride[0],   stride[1], padding[0],
+                            padding[1],     dilation[0],    dilation[1], 1,         int64_t(x.element_size())};
   const std::optional<ConvFamily> family = conv_family(major, minor);
   const char* reason = family ? why_not_conv(problem, *family) : "this build has no convolutions for the device";
   STD_TORCH_CHECK(reason == nullptr, "conv_bn_act on x ", shape(x), " with weight ", shape(weight), ": ", reason);
@@ -110,18 +109,18 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   check_aligned(weight, "weight");
   if (residual) check_aligned(*residual, "residual");
 
-  const ConvArguments args{problem,
-                           {int(tile_m), int(tile_n), int(splits)},
-                           x.const_data_ptr(),
-                           weight.const_data_ptr(),
-                           data_or_null(residual),
-                           y.mutable_data_ptr(),
-                           {data_or_null(bias), data_or_null(bn_weight), data_or_null(bn_bias), data_or_null(mean),
-                            data_or_null(var), static_cast<float>(eps), bias_dtype == ScalarType::Float,
-                            bn_dtype == ScalarType::Float},
-                           relu,
-                           device,
-                           attribute(cudaDevAttrMultiProcessorCount, device)};
+  const ConvArguments args{
+      problem,
+      {int(tile_m), int(tile_n), int(splits)},
+      x.const_data_ptr(),
+      weight.const_data_ptr(),
+      data_or_null(residual),
+      y.mutable_data_ptr(),
+      {data_or_null(bias), data_or_null(bn_weight), data_or_null(bn_bias), data_or_null(mean), data_or_null(var),
+       static_cast<float>(eps), bias_dtype == ScalarType::Float, bn_dtype == ScalarType::Float},
+      relu,
+      device,
+      attribute(cudaDevAttrMultiProcessorCount, device)};
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const auto run = x.scalar_type() == ScalarType::Half       ? launch<cutlass::half_t>
@@ -145,6 +144,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
       "int tile_n, int splits) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
-  m.impl("conv_bn_act", TORCH_BOX(&resnet_fused::conv_bn_act));
-}
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("conv_bn_act", TORCH_BOX(&resnet_fused::conv_bn_act)); }

@@ -108,7 +108,7 @@ def conv_bn_act(
     x, residual: [N, C, H, W], weight: [K, C, R, S], all dense channels_last; bias and BN vectors: [K]; groups is 1.
 
     Raises:
-        RuntimeError: an argument has another shape, dtype, layout, alignment or device, or the kernel can't be launched.
+        RuntimeError: an argument has another shape, dtype, layout, alignment or device, or the launch failed.
     """
     return torch.ops.resnet_fused_cuda.conv_bn_act.default(
         x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, residual, relu, **config

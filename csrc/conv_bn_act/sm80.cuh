@@ -103,18 +103,17 @@ struct Conv {
       cutlass::gemm::GemmShape<16, 8, 32 / sizeof(Element)>, OutputOp, Swizzle, kStages, cutlass::arch::OpMultiplyAdd,
       cutlass::conv::IteratorAlgorithm::kOptimized, cutlass::conv::StrideSupport::kStrided, kAlignment,
       kAlignment>::Kernel;
-  using Kernel = cutlass::conv::kernel::ImplicitGemmConvolution<typename Default::Mma,
-                                                                ChannelEpilogue<typename Default::Epilogue>, Swizzle,
-                                                                cutlass::conv::Operator::kFprop>;
+  using Kernel =
+      cutlass::conv::kernel::ImplicitGemmConvolution<typename Default::Mma, ChannelEpilogue<typename Default::Epilogue>,
+                                                     Swizzle, cutlass::conv::Operator::kFprop>;
   using Device = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
 
   static Failure run(const ConvArguments& args, cudaStream_t stream) {
     const ConvProblem& p = args.problem;
     const auto i = [](int64_t size) { return static_cast<int>(size); };
-    const cutlass::conv::Conv2dProblemSize problem(i(p.N), i(p.H), i(p.W), i(p.C), i(p.K), i(p.R), i(p.S), i(p.P()),
-                                                   i(p.Q()), i(p.pad_h), i(p.pad_w), i(p.stride_h), i(p.stride_w),
-                                                   i(p.dilation_h), i(p.dilation_w),
-                                                   cutlass::conv::Mode::kCrossCorrelation);
+    const cutlass::conv::Conv2dProblemSize problem(
+        i(p.N), i(p.H), i(p.W), i(p.C), i(p.K), i(p.R), i(p.S), i(p.P()), i(p.Q()), i(p.pad_h), i(p.pad_w),
+        i(p.stride_h), i(p.stride_w), i(p.dilation_h), i(p.dilation_w), cutlass::conv::Mode::kCrossCorrelation);
     const auto ref = [](const void* data, int64_t h, int64_t w, int64_t c) {
       return cutlass::TensorRef<Element, Layout>(static_cast<Element*>(const_cast<void*>(data)),
                                                  Layout(int(c), int(c * w), int(c * w * h)));

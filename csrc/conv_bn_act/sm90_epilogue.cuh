@@ -3,9 +3,10 @@
 
 #include <limits>
 
+// clang-format off: these two before CuTe
 #include "cutlass/cutlass.h"
-// The next one has to stand before CuTe.
 #include "cutlass/kernel_hardware_info.h"
+// clang-format on
 
 #include "cute/tensor.hpp"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
@@ -94,8 +95,8 @@ struct Epilogue {
       fusion::Sm90EVT<Compute<cutlass::minus>, fusion::Sm90AccFetch, ChannelRow<TileShape, Center<Element>>>;
   using Normalized = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add>, Centered,
                                      ChannelRow<TileShape, Scale<Element>>, ChannelRow<TileShape, Shift<Element>>>;
-  using Joined = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add>, Scalar, fusion::Sm90SrcFetch<Element>,
-                                 Normalized>;
+  using Joined =
+      fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add>, Scalar, fusion::Sm90SrcFetch<Element>, Normalized>;
   using Tree = fusion::Sm90EVT<Compute<cutlass::maximum_with_nan_propagation, Element>, Joined, Scalar>;
 
   static typename Tree::Arguments arguments(const ConvArguments& args) {

@@ -1,5 +1,5 @@
-// 1x1 convolutions of stride 1 as a GEMM of sm_90a whose reduction is split; apart from the implicit GEMM, whose kernels
-// CUTLASS's GEMM headers make ambiguous.
+// 1x1 convolutions of stride 1 as a GEMM of sm_90a whose reduction is split; apart from the implicit GEMM, whose
+// kernels CUTLASS's GEMM headers make ambiguous.
 #pragma once
 
 #include "sm90_epilogue.cuh"
@@ -41,12 +41,13 @@ struct SplitGemm {
     const auto* residual = args.residual == nullptr ? y : static_cast<const Element*>(args.residual);
     typename Kernel::TileScheduler::Arguments scheduler{};
     scheduler.splits = args.plan.splits;
-    return {cutlass::gemm::GemmUniversalMode::kGemm,
-            {m, n, k, 1},
-            {static_cast<const Element*>(args.x), {p.C, {}, {}}, static_cast<const Element*>(args.weight), {p.C, {}, {}}},
-            {Fusion::arguments(args), residual, stride, y, stride},
-            {args.device, args.multiprocessors},
-            scheduler};
+    return {
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {m, n, k, 1},
+        {static_cast<const Element*>(args.x), {p.C, {}, {}}, static_cast<const Element*>(args.weight), {p.C, {}, {}}},
+        {Fusion::arguments(args), residual, stride, y, stride},
+        {args.device, args.multiprocessors},
+        scheduler};
   }
 };
 

@@ -1,0 +1,227 @@
+"""The CUDA convolutions' planner, compiled for the CPU, and how the cuda backend is chosen; the kernels need a GPU."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused
+from resnet_fused import BackendUnavailable, _cuda, _registry, _store, _trust, _tuned, explain, ops, testing, tune
+from resnet_fused.models import get_model
+from resnet_fused.ops.conv_bn_act import backends, reference
+
+SOURCE = Path(__file__).parent / "host_cuda/conv_planner.cpp"
+NAMES = ["resnet18", "resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2"]
+BATCHES = [1, 2, 4, 8, 16, 32, 64, 100, 128, 256, 512, 1024]
+TILES = {(128, 128), (128, 64), (64, 64)}
+H100, A100, L4 = (9, 0, 132), (8, 0, 108), (8, 9, 58)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is needed to compile the planner")
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
+    """`_C.conv_plans` of a build with both families."""
+    path = tmp_path_factory.mktemp("planner") / "planner.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-std=c++17", "-Wall", "-Werror", SOURCE, "-o", path], check=True)
+    library = ctypes.CDLL(str(path))
+    library.host_conv_plans.restype = ctypes.c_char_p
+
+    def conv_plans(x, weight, stride, padding, dilation, groups, itemsize, major, minor, multiprocessors):
+        family = library.host_conv_family(major, minor, True, True)
+        N, C, H, W = x
+        K, _, R, S = weight
+        problem = (ctypes.c_int64 * 15)(N, H, W, C, K, R, S, *stride, *padding, *dilation, groups, itemsize)
+        found, count = (ctypes.c_int * 64)(), ctypes.c_int()
+        reason = library.host_conv_plans(problem, family == 90, multiprocessors, found, ctypes.byref(count))
+        plans = [tuple(found[3 * i : 3 * i + 3]) for i in range(count.value)]
+        return reason and reason.decode(), plans
+
+    conv_plans.family = library.host_conv_family
+    return conv_plans
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """(x [C, H, W], Conv2d) of every convolution that differs."""
+    found = {}
+
+    def note(conv, args, y):
+        found.setdefault((args[0].shape[1:], repr(conv)), conv)
+
+    for name in NAMES:
+        with torch.device("meta"), torch.no_grad():
+            model = get_model(name).eval()
+            for conv in model.modules():
+                if isinstance(conv, nn.Conv2d):
+                    conv.register_forward_hook(note)
+            model(torch.empty(1, 3, 224, 224))
+    assert len(found) == 70, len(found)
+    return [(shape, conv) for (shape, _), conv in found.items()]
+
+
+def geometry(conv: nn.Conv2d) -> tuple:
+    return conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def blocks(plan: tuple[int, int, int], rows: int, columns: int) -> int:
+    return -(-rows // plan[0]) * -(-columns // plan[1]) * plan[2]
+
+
+@pytest.mark.parametrize("device", [H100, A100, L4], ids=["H100", "A100", "L4"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_resnet_shape_is_within_the_kernels_limits(planner, layers, device, itemsize):
+    served = 0
+    for shape, conv in layers:
+        K, C, R, S = conv.weight.shape
+        P, Q = (-(-size // s) for size, s in zip(shape[1:], conv.stride, strict=True))
+        for batch in BATCHES:
+            reason, plans = planner((batch, *shape), *geometry(conv), itemsize, *device)
+            largest = max(shape.numel() * batch, batch * P * Q * K) * itemsize
+            refused = conv.groups > 1 or R == 7 or (device[:2] < (9, 0) and largest >= 2**31)
+            assert (reason is not None) == refused == (not plans), (shape, conv, batch, reason)
+            served += not refused
+            for plan in plans:
+                tile_m, tile_n, splits = plan
+                assert (tile_m, tile_n) in TILES and C % 8 == K % 8 == 0
+                assert -(-batch * P * Q // tile_m) < 2**31 and -(-K // tile_n) < 2**16  # the grid
+                if splits > 1:  # a plain GEMM with two steps of 64 channels or more in each block, all in one wave
+                    assert device == H100 and itemsize == 2 and (R, *conv.stride) == (1, 1, 1)
+                    assert C >= 128 * splits and blocks(plan, batch * P * Q, K) <= device[2]
+    assert served > 400
+
+
+def test_the_default_keeps_the_multiprocessors_busy(planner, layers):
+    """The busiest multiprocessor gets little more than its share, or the smallest tile serves."""
+    for shape, conv in layers:
+        for batch in BATCHES:
+            _, plans = planner((batch, *shape), *geometry(conv), 2, *H100)
+            if not plans:
+                continue
+            rows = batch * shape[1] * shape[2] // conv.stride[0] ** 2
+            count = blocks(plans[0], rows, conv.out_channels)
+            share = -(-count // 132) * 132 / count
+            assert share <= 1.35 or count <= 2 * 132, (shape, conv, batch, plans[0], share)
+
+
+def test_a_short_gemm_with_a_long_reduction_is_split(planner):
+    one_by_one = ([1, 1], [0, 0], [1, 1], 1, 2)
+    assert planner((1, 2048, 7, 7), (512, 2048, 1, 1), *one_by_one, *H100)[1][0] == (128, 128, 8)
+    assert planner((256, 2048, 7, 7), (512, 2048, 1, 1), *one_by_one, *H100)[1][0][2] == 1
+    assert all(plan[2] == 1 for plan in planner((1, 2048, 7, 7), (512, 2048, 1, 1), *one_by_one, *A100)[1])
+
+
+@pytest.mark.parametrize(
+    "x, weight, options, reason",
+    [
+        ((2, 64, 8, 8), (64, 32, 3, 3), {"groups": 2}, "groups"),
+        ((2, 12, 8, 8), (64, 12, 3, 3), {}, "multiples of 8"),
+        ((2, 16, 8, 8), (10, 16, 1, 1), {}, "multiples of 8"),
+        ((2, 16, 8, 8), (16, 16, 5, 5), {}, "1x1 and 3x3"),
+        ((2, 16, 8, 8), (16, 16, 1, 3), {}, "1x1 and 3x3"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"stride": [3, 1]}, "strides 1 and 2"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": [128, 1]}, "padding"),
+        ((2, 16, 300, 300), (16, 16, 3, 3), {"dilation": [1, 65]}, "dilation"),
+        ((2, 16, 2, 2), (16, 16, 3, 3), {}, "larger than the padded input"),
+        ((2**17, 8, 128, 128), (8, 8, 1, 1), {}, "2\\^31 output pixels"),
+        ((2, 16, 8, 8), (2**23, 16, 1, 1), {}, "output channels"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": [127, 127], "dilation": [2, 64], "stride": [2, 1]}, None),
+    ],
+)
+def test_what_is_refused(planner, x, weight, options, reason):
+    defaults = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+    found, plans = planner(x, weight, *(defaults | options).values(), 2, *H100)
+    assert (found is None and plans) if reason is None else re.search(reason, found)
+
+
+def test_which_family_serves_which_device(planner):
+    served = {c: planner.family(*c, True, True) for c in [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]}
+    assert served == {(7, 5): 0, (8, 0): 80, (8, 9): 80, (9, 0): 90, (10, 0): 80, (12, 0): 80}
+    assert planner.family(9, 0, True, False) == 80 and planner.family(8, 0, False, True) == 0
+
+
+@pytest.fixture
+def on_cpu(planner, monkeypatch, tmp_path):
+    """The cuda backend on the CPU as on an H100, its kernel replaced by the reference; counts configurations."""
+    launched = []
+
+    def kernel(x, weight, bias, *args):
+        *bn, eps, stride, padding, dilation, groups, residual, relu, config = args
+        for t in (x, weight, residual):
+            assert t is None or t.is_contiguous(memory_format=torch.channels_last)
+        launched.append(tuple(config.values()))
+        kwargs = dict(bias=bias, eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        return reference(x, weight, *bn, residual=residual, act="relu" if relu else "none", **kwargs)
+
+    monkeypatch.setattr(_cuda, "_C", type("_C", (), {"conv_plans": staticmethod(planner)}))
+    monkeypatch.setattr(_cuda, "_device", lambda index: H100)
+    monkeypatch.setattr(_cuda, "conv_bn_act", kernel)
+    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
+    monkeypatch.setitem(_registry._UNAVAILABLE, "cuda", lambda device_type, index: None)
+    monkeypatch.setattr(backends, "_plans", {})
+    precision = torch.backends.cudnn.conv.fp32_precision
+    _trust.forget(), _tuned.forget()
+    yield launched
+    _trust.forget(), _tuned.forget()
+    torch.backends.cudnn.conv.fp32_precision = precision
+
+
+X = torch.randn(1, 64, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+WEIGHT = torch.randn(64, 64, 3, 3).bfloat16() / 24
+BN = [v.abs() + 0.5 for v in torch.randn(4, 64)]
+
+
+def test_the_backend_is_checked_launched_and_tuned(on_cpu, monkeypatch):
+    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
+    monkeypatch.setitem(_registry._ORDER, "conv", ("cuda", "triton"))
+    case = next(c for c in testing.CASES if c.id == "conv-3x3-join")
+    testing.check(case, dtype=torch.float16, layout="strided")
+    assert on_cpu == [(64, 64, 1)] * 2  # the self-check's launch, then the call's
+    model = nn.Sequential(resnet_fused.models.resnet.BasicBlock(64, 64).eval().bfloat16())
+    with torch.no_grad():
+        rows = explain(model, X)
+    assert [row.ran for row in rows] == [["conv_bn_act: cuda"]] * 2
+    on_cpu.clear()
+    with resnet_fused.backend("cuda"):
+        found = tune(model, X, lambda launch: float(len(on_cpu)))
+        assert [entry["candidates"] for entry in found.values()] == [3, 3]
+        assert all(entry["config"] == dict(tile_m=64, tile_n=64, splits=1) for entry in found.values())
+
+
+def test_a_wrong_convolution_is_disabled(on_cpu, monkeypatch):
+    monkeypatch.setattr(_cuda, "conv_bn_act", lambda x, *args: x)
+    with resnet_fused.backend("cuda"), pytest.warns(UserWarning, match="conv_bn_act/cuda/.*is disabled.*off by"):
+        with pytest.raises(BackendUnavailable, match="off by"):
+            ops.conv_bn_act(X, WEIGHT, *BN, padding=1)
+
+
+def test_a_forced_backend_raises_with_the_reason(on_cpu):
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    for reason, x, weight, options in [
+        ("groups", X, WEIGHT[:, :32], {"groups": 2}),
+        ("multiples of 8", X[:, :3], torch.zeros(64, 3, 7, 7).bfloat16(), {"stride": 2}),
+        ("float32 as TF32", X.float(), WEIGHT.float(), {}),
+        ("x does not start at a multiple of 16 bytes", shifted(X), WEIGHT, {"padding": 1}),
+    ]:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        with resnet_fused.backend("cuda"), pytest.raises(BackendUnavailable, match=f"conv_bn_act: .*{reason}"):
+            ops.conv_bn_act(x, weight, *BN, **options)
+    assert not on_cpu
+
+
+def test_tf32_where_it_is_allowed(on_cpu):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    with resnet_fused.backend("cuda"):
+        ops.conv_bn_act(X.float(), WEIGHT.float(), *BN, padding=1)
+    assert on_cpu == [(64, 64, 1)] * 2
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """x in channels_last, one element off its alignment."""
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(*x.shape[:1], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    return moved.copy_(x)
