@@ -23,6 +23,7 @@ bench:
 
 aot:  ## compile every kernel's configurations for GPUs that need not be there
 	$(PYTHON) tests/aot.py
+	$(PYTHON) tests/aot_cuda.py 8.0 9.0a
 
 gpu:  ## build, test and measure on this machine's GPU; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

@@ -1,7 +1,6 @@
 """The CUDA module and the record of why it isn't there; everything else stands in pyproject.toml."""
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -24,8 +23,10 @@ def cuda_extension(toolkit: Path) -> dict:
     if torch.version.cuda is None:
         raise RuntimeError(f"torch {torch.__version__} has no CUDA: build beside a CUDA build of torch")
     targets = backend.gencode(backend.arch_list(os.environ, backend.visible_capabilities()))
-    families, sources = convolutions(targets)
-    defines = [*DEFINES, *families]
+    families = sorted(backend.conv_families(targets))
+    convolutions = [path for family in families for path in sorted(ROOT.glob(f"csrc/conv_bn_act/{family}_*.cu"))]
+    sources = ["module.cpp", "batch_norm_act.cu", "conv_bn_act.cu"]
+    defines = [*DEFINES, *(f"-DRESNET_FUSED_{family.upper()}" for family in families)]
     cutlass = [flag for path in backend.cutlass_includes() for flag in ("-isystem", path)]
     cxx = [*defines, "-O2", "-fvisibility=hidden", f'-DRESNET_FUSED_ARCHS="{",".join(targets)}"']
     # NDEBUG: without it ptxas serialises CUTLASS's wgmma
@@ -37,20 +38,11 @@ def cuda_extension(toolkit: Path) -> dict:
         nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
     extension = CUDAExtension(
         "resnet_fused._C",
-        ["csrc/module.cpp", "csrc/batch_norm_act.cu", "csrc/conv_bn_act.cu", *sources],
+        [*(f"csrc/{name}" for name in sources), *(str(path.relative_to(ROOT)) for path in convolutions)],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.[ch]*"))],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
     )
     return {"ext_modules": [extension], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
-
-
-def convolutions(targets: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Macros that name the kernel families that serve these targets, and their sources."""
-    families = {"sm90" if target.endswith("_90a") else "sm80" for target in targets}
-    families -= {"sm80"} if all(int(re.search(r"\d+", target)[0]) < 80 for target in targets) else set()
-    macros = {"sm80": "-DRESNET_FUSED_SM80", "sm90": "-DRESNET_FUSED_SM90A"}
-    paths = [path for family in sorted(families) for path in sorted(ROOT.glob(f"csrc/conv_bn_act/{family}_*.cu"))]
-    return [macros[family] for family in sorted(families)], [str(path.relative_to(ROOT)) for path in paths]
 
 
 class BuildPy(build_py):

@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that are not overridden
 
-CUDA_REQUIREMENTS = ["torch>=2.11", "ninja", "nvidia-cutlass==4.2.0.0"]  # of the last one the headers
+CUTLASS = "nvidia-cutlass==4.2.0.0"  # for its headers
+CUDA_REQUIREMENTS = ["torch>=2.11", "ninja", CUTLASS]
 DEFAULT_ARCHS = "8.0+PTX 9.0a"  # without a GPU to ask: PTX serves later ones
 _GO_AHEAD = "to compile them, have a CUDA toolkit and set RESNET_FUSED_FORCE_CUDA=1"
 
@@ -101,17 +102,24 @@ def gencode(archs: list[str]) -> dict[str, str]:
     return flags
 
 
+def conv_families(targets: Iterable[str]) -> set[str]:
+    """Kernel families of the convolutions that a build for these targets ("sm_90a", "compute_80") needs."""
+    return {
+        "sm90a" if target.endswith("_90a") else "sm80" for target in targets if int(re.search(r"\d+", target)[0]) >= 80
+    }
+
+
 def cutlass_includes() -> list[str]:
     """CUTLASS's header folders, from the installed nvidia-cutlass.
 
     Raises:
-        RuntimeError: it is not installed.
+        RuntimeError: they are not there.
     """
     try:
-        files = importlib.metadata.distribution("nvidia-cutlass").locate_file("cutlass_library/source")
+        source = importlib.metadata.distribution("nvidia-cutlass").locate_file("cutlass_library/source")
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError("CUTLASS's headers were not found; pip install nvidia-cutlass==4.2.0.0") from None
-    return [str(files / "include"), str(files / "tools/util/include")]
+        raise RuntimeError(f"CUTLASS's headers were not found; pip install --no-deps {CUTLASS}") from None
+    return [str(source / "include"), str(source / "tools/util/include")]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -50,14 +50,15 @@ ScalarType vector_dtype(const OptionalTensor& t, const Tensor& x) {
 }
 
 template <class Element>
-Failure launch(const ConvArguments& args, ConvFamily family, const Tensor& x, cudaStream_t stream) {
+Failure launch([[maybe_unused]] const ConvArguments& args, [[maybe_unused]] ConvFamily family,
+               [[maybe_unused]] const Tensor& x, [[maybe_unused]] cudaStream_t stream) {
 #ifdef RESNET_FUSED_SM90A
-  if (family == ConvFamily::kSm90) {
-    if (args.plan.splits == 1) return sm90::conv<Element>(args, stream);
+  if (family == ConvFamily::kSm90a) {
+    if (args.plan.splits == 1) return sm90a::conv<Element>(args, stream);
     if constexpr (!std::is_same_v<Element, float>) {
-      const auto bytes = static_cast<int64_t>(sm90::split_workspace<Element>(args));
+      const auto bytes = static_cast<int64_t>(sm90a::split_workspace<Element>(args));
       const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      return sm90::split_gemm<Element>(args, workspace.mutable_data_ptr(), stream);
+      return sm90a::split_gemm<Element>(args, workspace.mutable_data_ptr(), stream);
     }
   }
 #endif

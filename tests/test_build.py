@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import aot_cuda
 import backend
 import pytest
 import torch
@@ -89,6 +90,29 @@ def test_nvcc_flags():
     }
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST.*'Hopper'"):
         backend.gencode(["Hopper"])
+
+
+@pytest.mark.parametrize(
+    "targets, families",
+    [
+        (["sm_90a"], {"sm90a"}),
+        (["sm_80", "compute_80", "sm_90a"], {"sm80", "sm90a"}),
+        (["sm_75", "sm_86"], {"sm80"}),
+        (["sm_90", "compute_120"], {"sm80"}),
+        (["sm_75"], set()),
+    ],
+)
+def test_which_convolutions_are_compiled(targets, families):
+    assert backend.conv_families(targets) == families
+
+
+def test_what_ptxas_and_cuobjdump_say_is_read():
+    note = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    assert aot_cuda.complaints(note) == ["C7510: wgmma is serialised"] and not aot_cuda.complaints("C7510")
+    dump = " Function f:\n  REG:80 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:2304\n Function g:\n  REG:9 STACK:0\n"
+    assert aot_cuda.usage(dump) == {"f": dict(REG=80, STACK=8, SHARED=1024, LOCAL=0), "g": dict(REG=9, STACK=0)}
+    sass = "Function : f\n HGMMA.64x64x16.F32.BF16 R24\n Function : g\n FFMA R1\n"
+    assert aot_cuda.tensor_cores(sass) == {"f": {"HGMMA.64x64x16.F32.BF16"}, "g": set()}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +204,7 @@ def test_the_sdist_carries_the_sources_and_builds_elsewhere(checkout, tmp_path):
     with tarfile.open(path) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
         sdist.extractall(tmp_path / "elsewhere", filter="data")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources | {"_build/backend.py", "setup.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.endswith((".so", "_build_reason.txt"))]
 
@@ -219,5 +243,6 @@ def test_torch_is_asked_for_only_to_compile(checkout, toolkit, monkeypatch):
     for forced, asked in (("0", False), ("1", True)):
         monkeypatch.setenv("RESNET_FUSED_FORCE_CUDA", forced)
         for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
-            assert any(r.startswith("torch") for r in hook()) == asked
+            for name in ("torch", "nvidia-cutlass"):
+                assert any(r.startswith(name) for r in hook()) == asked
     assert not any(r.startswith("torch") for r in backend.get_requires_for_build_sdist())

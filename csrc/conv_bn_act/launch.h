@@ -52,14 +52,14 @@ inline std::optional<ConvFamily> conv_family(int major, int minor) {
 using Failure = const char*;  // what went wrong, or null
 
 // Element: cutlass::half_t, cutlass::bfloat16_t, or float, which is multiplied as TF32.
-namespace sm90 {
+namespace sm90a {
 template <class Element>
 Failure conv(const ConvArguments& args, cudaStream_t stream);
 template <class Element>
 size_t split_workspace(const ConvArguments& args);
 template <class Element>
 Failure split_gemm(const ConvArguments& args, void* workspace, cudaStream_t stream);
-}  // namespace sm90
+}  // namespace sm90a
 
 namespace sm80 {
 template <class Element>

@@ -9,7 +9,7 @@
 namespace resnet_fused {
 
 // Multistage mma.sync kernels of sm_80, warp-specialised TMA and wgmma kernels of sm_90a.
-enum class ConvFamily { kSm80, kSm90 };
+enum class ConvFamily { kSm80, kSm90a };
 
 struct ConvProblem {
   int64_t N, H, W, C, K, R, S;
@@ -39,9 +39,11 @@ inline constexpr ConvTile kConvTiles[] = {{128, 128, 1.0, 1}, {128, 64, 0.8, 2},
 inline constexpr ConvTile kSplitTile = {128, 128, 1.0, 1};  // the split GEMM's
 inline constexpr int kConvStepBytes = 128;                  // of C in one step of the main loop
 
+inline constexpr int kSm80RowBytes = 256;  // of a tile's row, in whose columns a thread of sm_80's epilogue stays
+
 // What serves a device of this compute capability in a build with these families.
 inline std::optional<ConvFamily> conv_family(int major, int minor, bool has_sm80, bool has_sm90a) {
-  if (has_sm90a && major == 9 && minor == 0) return ConvFamily::kSm90;
+  if (has_sm90a && major == 9 && minor == 0) return ConvFamily::kSm90a;
   if (has_sm80 && major >= 8) return ConvFamily::kSm80;
   return std::nullopt;
 }
@@ -101,8 +103,10 @@ inline std::vector<ConvPlan> conv_plans(const ConvProblem& p, ConvFamily family,
     costs.insert(costs.begin() + place, cost);
     plans.insert(plans.begin() + place, ConvPlan{tile.m, tile.n, splits});
   };
-  for (const ConvTile& tile : kConvTiles) add(tile, 1);
-  if (family == ConvFamily::kSm90 && p.is_gemm() && p.itemsize == 2) {
+  for (const ConvTile& tile : kConvTiles) {
+    if (family == ConvFamily::kSm90a || tile.n * p.itemsize <= kSm80RowBytes) add(tile, 1);
+  }
+  if (family == ConvFamily::kSm90a && p.is_gemm() && p.itemsize == 2) {
     for (const int splits : {2, 4, 8}) {  // no more blocks than one wave holds, two steps or more in each
       if (conv_blocks(p, kSplitTile.m, kSplitTile.n) * splits <= multiprocessors && conv_steps(p) >= 2 * splits) {
         add(kSplitTile, splits);

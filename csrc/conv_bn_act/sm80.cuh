@@ -107,6 +107,7 @@ struct Conv {
       cutlass::conv::kernel::ImplicitGemmConvolution<typename Default::Mma, ChannelEpilogue<typename Default::Epilogue>,
                                                      Swizzle, cutlass::conv::Operator::kFprop>;
   using Device = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
+  static_assert(sizeof(typename Kernel::SharedStorage) <= 99 * 1024);  // of sm_86 and sm_89, which have the least
 
   static Failure run(const ConvArguments& args, cudaStream_t stream) {
     const ConvProblem& p = args.problem;
@@ -137,7 +138,9 @@ template <class Element>
 Failure conv(const ConvArguments& args, cudaStream_t stream) {
   const ConvPlan& plan = args.plan;
   if (plan.splits > 1) return "the kernels of sm_80 do not split";
-  if (plan.tile_m == 128 && plan.tile_n == 128) return Conv<Element, 128, 128, 64, 64>::run(args, stream);
+  if constexpr (128 * sizeof(Element) <= kSm80RowBytes) {
+    if (plan.tile_m == 128 && plan.tile_n == 128) return Conv<Element, 128, 128, 64, 64>::run(args, stream);
+  }
   if (plan.tile_m == 128 && plan.tile_n == 64) return Conv<Element, 128, 64, 64, 32>::run(args, stream);
   if (plan.tile_m == 64 && plan.tile_n == 64) return Conv<Element, 64, 64, 32, 32>::run(args, stream);
   return "there is no such tile";

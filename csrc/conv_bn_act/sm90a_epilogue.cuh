@@ -15,7 +15,7 @@
 #include "launch.h"
 #include "vectors.cuh"
 
-namespace resnet_fused::sm90 {
+namespace resnet_fused::sm90a {
 
 namespace fusion = cutlass::epilogue::fusion;
 using cute::_1;
@@ -113,11 +113,11 @@ template <class Device>
 Failure launch(typename Device::Arguments const& arguments, void* workspace, cudaStream_t stream) {
   Device device;
   if (Device::can_implement(arguments) != cutlass::Status::kSuccess) return "CUTLASS can't implement this problem";
-  if (device.initialize(arguments, workspace, stream) != cutlass::Status::kSuccess || cudaPeekAtLastError() != 0 ||
+  if (device.initialize(arguments, workspace, stream) != cutlass::Status::kSuccess ||
       device.run(stream) != cutlass::Status::kSuccess) {
     return "the launch failed";
   }
   return nullptr;
 }
 
-}  // namespace resnet_fused::sm90
+}  // namespace resnet_fused::sm90a

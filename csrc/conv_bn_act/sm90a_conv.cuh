@@ -2,7 +2,7 @@
 // Compiled with NDEBUG: without it ptxas serialises wgmma.
 #pragma once
 
-#include "sm90_epilogue.cuh"
+#include "sm90a_epilogue.cuh"
 // The epilogue's headers have to stand first.
 #include "cutlass/conv/collective/collective_builder.hpp"
 #include "cutlass/conv/convnd_problem_shape.hpp"
@@ -11,7 +11,7 @@
 #include "cutlass/conv/dispatch_policy.hpp"
 #include "cutlass/conv/kernel/conv_universal.hpp"
 
-namespace resnet_fused::sm90 {
+namespace resnet_fused::sm90a {
 
 template <class Element, int kTileM, int kTileN, int kStages>
 struct Conv {
@@ -34,6 +34,7 @@ struct Conv {
   using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, CollectiveMainloop, CollectiveEpilogue>;
   using Device = cutlass::conv::device::ConvUniversalAdapter<Kernel>;
   using StrideC = typename Kernel::StrideC;
+  static_assert(Kernel::SharedStorageSize <= cutlass::arch::sm90_smem_capacity_bytes);
 
   static Failure run(const ConvArguments& args, cudaStream_t stream) {
     const ConvProblem& p = args.problem;
@@ -61,4 +62,4 @@ Failure conv(const ConvArguments& args, cudaStream_t stream) {
   return "there is no such tile";
 }
 
-}  // namespace resnet_fused::sm90
+}  // namespace resnet_fused::sm90a

@@ -2,13 +2,13 @@
 // kernels CUTLASS's GEMM headers make ambiguous.
 #pragma once
 
-#include "sm90_epilogue.cuh"
+#include "sm90a_epilogue.cuh"
 // The epilogue's headers have to stand first.
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 
-namespace resnet_fused::sm90 {
+namespace resnet_fused::sm90a {
 
 // Split by the stream-K scheduler; partial sums meet in float32, in a fixed order.
 template <class Element>
@@ -61,4 +61,4 @@ Failure split_gemm(const ConvArguments& args, void* workspace, cudaStream_t stre
   return launch<typename SplitGemm<Element>::Device>(SplitGemm<Element>::arguments(args), workspace, stream);
 }
 
-}  // namespace resnet_fused::sm90
+}  // namespace resnet_fused::sm90a

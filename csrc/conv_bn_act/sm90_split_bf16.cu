@@ -1,5 +1,0 @@
-#include "sm90_split.cuh"
-
-template size_t resnet_fused::sm90::split_workspace<cutlass::bfloat16_t>(const ConvArguments&);
-template resnet_fused::Failure resnet_fused::sm90::split_gemm<cutlass::bfloat16_t>(const ConvArguments&, void*,
-                                                                                   cudaStream_t);

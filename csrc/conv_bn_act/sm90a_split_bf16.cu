@@ -1,0 +1,5 @@
+#include "sm90a_split.cuh"
+
+template size_t resnet_fused::sm90a::split_workspace<cutlass::bfloat16_t>(const ConvArguments&);
+template resnet_fused::Failure resnet_fused::sm90a::split_gemm<cutlass::bfloat16_t>(const ConvArguments&, void*,
+                                                                                    cudaStream_t);

@@ -1,0 +1,111 @@
+"""Build the CUDA extension for GPUs that need not be there: warnings are errors; registers, spills, shared memory, MMA.
+
+    python tests/aot_cuda.py 8.0 9.0a
+
+Exits with 1 where a kernel spills, where ptxas serialises wgmma (C7510) or ignores setmaxnreg (C7508), or where a
+convolution has no tensor core instruction: HGMMA on sm_90a, HMMA elsewhere.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from triton import knobs
+
+ROOT = Path(__file__).parents[1]
+PTXAS_NOTES = {"C7508": "setmaxnreg is ignored", "C7510": "wgmma is serialised"}
+KINDS = ("ConvUniversal", "GemmUniversal", "ImplicitGemmConvolution")
+
+
+def cuobjdump(*args: str | Path) -> str:
+    tools = Path(knobs.nvidia.cuobjdump.path).parent  # it looks for nvdisasm on PATH
+    environ = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([tools / "cuobjdump", *args], env=environ, capture_output=True, text=True, check=True).stdout
+
+
+def complaints(log: str) -> list[str]:
+    """What ptxas notes without calling it a warning."""
+    return [f"{note}: {meaning}" for note, meaning in PTXAS_NOTES.items() if f"({note})" in log]
+
+
+def usage(dump: str) -> dict[str, dict[str, int]]:
+    """REG, STACK, SHARED (static, in bytes) and LOCAL of every kernel in `cuobjdump --dump-resource-usage`."""
+    found = re.findall(r"Function (\S+):\s*\n(.*)", dump)
+    return {name: {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)} for name, line in found}
+
+
+def tensor_cores(sass: str) -> dict[str, set[str]]:
+    """The matrix instructions in every kernel of `cuobjdump -sass`."""
+    _, *parts = re.split(r"Function : (\S+)", sass)
+    return {
+        name: set(re.findall(r"\bH(?:G)?MMA\.\S+", body)) for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def kind(name: str) -> str | None:
+    """The convolution's kernel class, or None for another kernel."""
+    return next((k for k in KINDS if k in name), None)
+
+
+def label(name: str) -> str:
+    """A mangled kernel's class and, of a convolution, the rows of its tile."""
+    if kind(name) is None:
+        return re.search(r"\d+([a-z_]+_kernel)", name)[1]
+    rows = re.search(r"(?:GemmShapeI|Kernel(?:Implicit)?TmaWarpSpecialized.*?I)Li(\d{2,})E", name)[1]
+    return f"{kind(name)} of {rows} rows"
+
+
+def check(library: Path, log: str) -> int:
+    """Print every kernel of a built `_C`; how many things are wrong."""
+    wrong = complaints(log)
+    cores = tensor_cores(cuobjdump("-sass", library))
+    for name, used in usage(cuobjdump("--dump-resource-usage", library)).items():
+        spilled = used["STACK"] + used["LOCAL"]
+        mma = cores.get(name, set())
+        line = f"{label(name):40} {used['REG']:3} registers, {spilled} B spilled, {used['SHARED']} B static shared"
+        print(line, *sorted(mma), sep=", ")
+        expected = None if kind(name) is None else "HMMA." if kind(name) == "ImplicitGemmConvolution" else "HGMMA."
+        if expected is not None and not any(m.startswith(expected) for m in mma):
+            wrong.append(f"{label(name)} has no {expected[:-1]}")
+        if spilled:
+            wrong.append(f"{label(name)} spills {spilled} bytes")
+    for message in wrong:
+        print(f"<- {message}")
+    return len(wrong)
+
+
+def build(arch: str, folder: Path) -> tuple[Path, str]:
+    """The built library and the log."""
+    asked = {"RESNET_FUSED_FORCE_CUDA": "1", "RESNET_FUSED_WERROR": "1", "TORCH_CUDA_ARCH_LIST": arch}
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", folder, ROOT]
+    run = subprocess.run(command, env=os.environ | asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        sys.exit(run.stdout)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.startswith("resnet_fused/_C."))
+        return Path(archive.extract(name, folder)), run.stdout
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("archs", nargs="+", help="as in TORCH_CUDA_ARCH_LIST, built one after the other")
+    failures = 0
+    for arch in parser.parse_args(argv).archs:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            library, log = build(arch, Path(folder))
+            seconds, size = time.perf_counter() - start, library.stat().st_size / 2**20
+            print(f"{arch}: built in {seconds:.0f} s, {size:.1f} MiB")
+            failures += check(library, log)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
