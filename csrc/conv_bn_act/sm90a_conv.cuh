@@ -34,9 +34,9 @@ struct Conv {
   using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, CollectiveMainloop, CollectiveEpilogue>;
   using Device = cutlass::conv::device::ConvUniversalAdapter<Kernel>;
   using StrideC = typename Kernel::StrideC;
-  static_assert(Kernel::SharedStorageSize <= cutlass::arch::sm90_smem_capacity_bytes);
+  static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
 
-  static Failure run(const ConvArguments& args, cudaStream_t stream) {
+  static typename Kernel::Arguments arguments(const ConvArguments& args) {
     const ConvProblem& p = args.problem;
     const auto i = [](int64_t size) { return static_cast<int>(size); };
     const Problem problem(cutlass::conv::Mode::kCrossCorrelation, {i(p.N), i(p.H), i(p.W), i(p.C)},
@@ -45,20 +45,24 @@ struct Conv {
     const StrideC stride{{p.K, p.K * p.Q(), p.K * p.Q() * p.P()}, {}, {}};
     auto* y = static_cast<Element*>(args.y);
     const auto* residual = args.residual == nullptr ? y : static_cast<const Element*>(args.residual);
-    const typename Kernel::Arguments arguments{
-        problem,
-        {static_cast<const Element*>(args.x), static_cast<const Element*>(args.weight)},
-        {Fusion::arguments(args), residual, stride, y, stride}};
-    return launch<Device>(arguments, nullptr, stream);
+    return {problem,
+            {static_cast<const Element*>(args.x), static_cast<const Element*>(args.weight)},
+            {Fusion::arguments(args), residual, stride, y, stride}};
   }
 };
+
+template <class Element, int kTileM, int kTileN, int kStages>
+Failure run(const ConvArguments& args, cudaStream_t stream) {
+  using Tile = Conv<Element, kTileM, kTileN, kStages>;
+  return launch<typename Tile::Device>(Tile::arguments(args), nullptr, stream);
+}
 
 template <class Element>
 Failure conv(const ConvArguments& args, cudaStream_t stream) {
   const ConvPlan& plan = args.plan;
-  if (plan.tile_m == 128 && plan.tile_n == 128) return Conv<Element, 128, 128, 6>::run(args, stream);
-  if (plan.tile_m == 128 && plan.tile_n == 64) return Conv<Element, 128, 64, 4>::run(args, stream);
-  if (plan.tile_m == 64 && plan.tile_n == 64) return Conv<Element, 64, 64, 4>::run(args, stream);
+  if (plan.tile_m == 128 && plan.tile_n == 128) return run<Element, 128, 128, 6>(args, stream);
+  if (plan.tile_m == 128 && plan.tile_n == 64) return run<Element, 128, 64, 4>(args, stream);
+  if (plan.tile_m == 64 && plan.tile_n == 64) return run<Element, 64, 64, 4>(args, stream);
   return "there is no such tile";
 }
 

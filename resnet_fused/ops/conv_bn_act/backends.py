@@ -27,7 +27,7 @@ def supported(backend: str, args: tuple) -> str | None:
         return _onednn.unsupported(x.dtype)
     if reason is None and backend == "cudnn":
         return _cudnn.unsupported(relu)
-    if reason is None and backend == "cuda":
+    if reason is None and backend == "cuda" and not torch.compiler.is_compiling():  # there the operator decides
         return _cuda.conv_unsupported(x, weight, stride, padding, dilation, groups, _allow_tf32(x))
     return reason
 
