@@ -111,6 +111,18 @@ def test_the_default_keeps_the_multiprocessors_busy(planner, layers):
             assert share <= 1.35 or count <= 2 * 132, (shape, conv, batch, plans[0], share)
 
 
+def test_large_tiles_for_large_problems(planner):
+    three_by_three = ((256, 256, 3, 3), [1, 1], [1, 1], [1, 1], 1, 2)
+    defaults = [planner((batch, 256, 14, 14), *three_by_three, *H100)[1][0] for batch in (1, 8, 256, 1024)]
+    assert defaults == [(64, 64, 1), (64, 64, 1), (128, 128, 1), (128, 128, 1)]
+
+
+def test_a_tail_of_one_block_is_avoided(planner):
+    three_by_three = ((128, 256, 3, 3), [1, 1], [1, 1], [1, 1], 1, 2)
+    assert planner((1, 256, 128, 132), *three_by_three, *H100)[1][0] == (128, 128, 1)  # 132 blocks
+    assert planner((1, 256, 128, 133), *three_by_three, *H100)[1][0] == (128, 64, 1)
+
+
 def test_a_short_gemm_with_a_long_reduction_is_split(planner):
     one_by_one = ([1, 1], [0, 0], [1, 1], 1, 2)
     assert planner((1, 2048, 7, 7), (512, 2048, 1, 1), *one_by_one, *H100)[1][0] == (128, 128, 8)
