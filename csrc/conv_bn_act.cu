@@ -55,6 +55,7 @@ Failure launch([[maybe_unused]] const ConvArguments& args, [[maybe_unused]] Conv
 #ifdef RESNET_FUSED_SM90A
   if (family == ConvFamily::kSm90a) {
     if (args.plan.splits == 1) return sm90a::conv<Element>(args, stream);
+    if (args.plan.splits < 1 || !args.problem.is_gemm()) return "this convolution can't be split";
     if constexpr (!std::is_same_v<Element, float>) {
       const auto bytes = static_cast<int64_t>(sm90a::split_workspace<Element>(args));
       const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);

@@ -39,9 +39,9 @@ py::tuple conv_plans(const std::vector<int64_t>& x, const std::vector<int64_t>& 
                      int multiprocessors) {
   const auto family = resnet_fused::conv_family(major, minor);
   if (!family) return py::make_tuple("_C was built without convolutions for this device", py::list());
-  const resnet_fused::ConvProblem problem{x.at(0),       x.at(2),      x.at(3),        x.at(1),      weight.at(0),
-                                          weight.at(2),  weight.at(3), stride.at(0),   stride.at(1), padding.at(0),
-                                          padding.at(1), dilation[0],  dilation.at(1), groups,       itemsize};
+  const resnet_fused::ConvProblem problem{x.at(0),       x.at(2),        x.at(3),        x.at(1),      weight.at(0),
+                                          weight.at(2),  weight.at(3),   stride.at(0),   stride.at(1), padding.at(0),
+                                          padding.at(1), dilation.at(0), dilation.at(1), groups,       itemsize};
   const char* reason = resnet_fused::why_not_conv(problem, *family);
   if (reason != nullptr) return py::make_tuple(reason, py::list());
   py::list plans;
