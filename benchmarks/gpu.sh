@@ -27,7 +27,7 @@ fi
 if command -v nvcc >/dev/null; then
   RESNET_FUSED_FORCE_CUDA=1 part build 120 "$python" -m pip install --no-build-isolation --no-deps -q -e .
 fi
-part tests 150 "$python" -m pytest -q -m gpu
+part tests 150 "$python" -m pytest -q -m gpu -n 0
 part ops 80 "$python" benchmarks/ops.py --dtypes float16 --out "$out"
 part resnet 110 "$python" benchmarks/resnet.py --dtypes float16 --batches 256 1 --out "$out"
 part training 75 "$python" benchmarks/resnet.py --suite training --dtypes float16 --batches 64 --out "$out"
