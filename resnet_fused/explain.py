@@ -58,6 +58,8 @@ class _Explainer:
         self._row(inner).ran = [f"in {self.open[-1].layer}'s pass"]
 
     def served(self, op: str, choice: _registry.Choice, args: tuple) -> None:
+        if not self.open:  # an operator that a module calls by itself
+            return
         row = self.open[-1]
         ran = f"{'batch_norm_act' if op.startswith('batch_norm_act') else op}: {choice.backend}"  # in several operators
         row.ran += [ran] if ran not in row.ran else []

@@ -41,18 +41,26 @@ def run(x: Tensor, *steps: Step, then: nn.Module | None = None, recompute: Recom
     recompute: what backward computes again instead of keeping: "activations", the outputs of all BN + ReLU but the
         block's own output; "blocks", everything but x.
     """
-    if recompute is not None and _recomputes(steps):
-        if recompute == "blocks":
-            return _recomputed(lambda x: _block(x, steps, then), x)
-        return _keeping_convolutions(x, steps, then)
-    return _block(x, steps, then)
+    if recompute is None or not _recomputes(steps):
+        return _then(then)(_block(x, steps))
+    inner, outer = (then, None) if type(then) in _REPEATABLE and _called_plainly(then) is None else (None, then)
+    if recompute == "blocks":
+        return _then(outer)(_recomputed(lambda x: _then(inner)(_block(x, steps)), x))
+    return _then(outer)(_keeping_convolutions(x, steps, inner))
 
 
-def _block(x: Tensor, steps: tuple[Step, ...], then: nn.Module | None) -> Tensor:
+_REPEATABLE = (nn.MaxPool2d, nn.Identity)  # the same result when they run again, and nothing else
+
+
+def _then(module: nn.Module | None) -> Callable[[Tensor], Tensor]:
+    return (lambda x: x) if module is None else module
+
+
+def _block(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     block_input = x
     for step in steps:
         x = _run_step(x, step, block_input)
-    return x if then is None else then(x)
+    return x
 
 
 def _recomputes(steps: tuple[Step, ...]) -> bool:
@@ -65,34 +73,42 @@ def _recomputes(steps: tuple[Step, ...]) -> bool:
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), of which only x is kept; statistics are gathered and counted once."""
-    entries: list = []
-    contexts = lambda: (tape.recording(entries), tape.replaying(entries))  # noqa: E731
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=tape.contexts)
 
 
 def _keeping_convolutions(x: Tensor, steps: tuple[Step, ...], then: nn.Module | None) -> Tensor:
     """Every BN + ReLU that a convolution or `then` reads is computed again from the convolution in front of it."""
     z = steps[0].conv(x)
     for step, following in itertools.pairwise(steps):
-        z = _recomputed(lambda z, step=step, conv=following.conv: conv(_bn(z, step, x)), z)
+        z = _recomputed(lambda z, step=step, conv=following.conv: conv(_explained(_bn, z, step, x)), z)
     if then is not None:
-        return _recomputed(lambda z: then(_bn(z, steps[-1], x)), z)
-    return _bn(z, steps[-1], x)
+        return _recomputed(lambda z: then(_explained(_bn, z, steps[-1], x)), z)
+    return _explained(_bn, z, steps[-1], x)
+
+
+def _explained(
+    function: Callable[[Tensor, Step, Tensor], Tensor], x: Tensor, step: Step, block_input: Tensor
+) -> Tensor:
+    if explainer is None:
+        return function(x, step, block_input)
+    explainer.begin(step, _unfusable(step))
+    try:
+        return function(x, step, block_input)
+    finally:
+        explainer.end()
 
 
 def _run_step(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
-    if explainer is not None:
-        explainer.begin(step, _unfusable(step))
+    return _explained(_fused_or_plain, x, step, block_input)
+
+
+def _fused_or_plain(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
     plain = not (_registry.fuses(x.device) or _synchronizes(step.bn) or tape.active)
     if plain or _unfusable(step) is not None:
-        x = _modules(x, step, block_input)
-    elif _batch_statistics(step.bn) or _needs_grad(step.bn):
-        x = _bn(step.conv(x), step, block_input)
-    else:
-        x = _conv_bn(x, step, _shortcut(step, block_input))
-    if explainer is not None:
-        explainer.end()
-    return x
+        return _modules(x, step, block_input)
+    if _batch_statistics(step.bn) or _needs_grad(step.bn):
+        return _bn(step.conv(x), step, block_input)
+    return _conv_bn(x, step, _shortcut(step, block_input))
 
 
 def _modules(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
@@ -150,6 +166,7 @@ def _bn(x: Tensor, step: Step, block_input: Tensor) -> Tensor:
         _momentum(inner.bn)
     else:
         residual = _shortcut(step, block_input)
+        residual = None if residual is None else residual.to(x.dtype)  # under autocast the block's input may be float32
     return batch_norm_act(
         x,
         bn.weight,
