@@ -363,7 +363,8 @@ cases = "bn-two-bn-join-float32-eager or conv-1x1-join-float32-eager"
 options = ["-k", cases, "--benchmark-only", "--benchmark-json={path}", "-pno:cacheprovider"]
 sys.exit(pytest.main([{str(folder)!r}, *options]))
 """
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join([str(folder.parent), *sys.path]))
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env = dict(alone, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join([str(folder.parent), *sys.path]))
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120
     )
