@@ -39,7 +39,7 @@ def supported(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...], train
     """Why a backend can't serve a call, or None; from metadata alone. `trains`: batch statistics, or gradients."""
     if backend not in ("cuda", "triton"):
         return (
-            f"{backend} serves convolutions and the BN behind them, in eval mode without gradients: call it under "
+            f"{backend} serves convolutions, and BN behind them, in eval mode without gradients only: call it under "
             "torch.no_grad(), and pre-activation networks, whose BN comes first, with another backend"
         )
     if trains and backend == "cuda":
