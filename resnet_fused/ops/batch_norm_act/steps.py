@@ -39,8 +39,8 @@ def supported(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...], train
     """Why a backend can't serve a call, or None; from metadata alone. `trains`: batch statistics, or gradients."""
     if backend not in ("cuda", "triton"):
         return (
-            f"{backend} serves convolutions in eval mode without gradients only, with the BN behind them: call it "
-            "under torch.no_grad(), and pre-activation networks, whose BN comes first, under another backend"
+            f"{backend} serves convolutions, and BN behind them, in eval mode without gradients only: call it under "
+            "torch.no_grad(), and pre-activation networks, whose BN comes first, with another backend"
         )
     if trains and backend == "cuda":
         return "the extension has no kernels for batch statistics and gradients yet"
