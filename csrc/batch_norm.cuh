@@ -38,7 +38,7 @@ struct Affine {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kGroup = 8;  // channels of a thread: 128 bits in 16-bit types, and a byte of the 1-bit mask
+constexpr int kGroup = 8;          // channels of a thread: 128 bits in 16-bit types, and a byte of the 1-bit mask
 constexpr int kMergeChannels = 8;  // of a block that merges partial results: a 32-byte sector of each split
 
 template <typename T, bool kPacked>
@@ -175,7 +175,9 @@ struct Type {
 // select(Type<T>, packed as a constant) of the run-time values
 template <typename Select>
 auto dispatch(DType dtype, bool packed, Select select) {
-  const auto with = [&](auto type) { return packed ? select(type, std::true_type{}) : select(type, std::false_type{}); };
+  const auto with = [&](auto type) {
+    return packed ? select(type, std::true_type{}) : select(type, std::false_type{});
+  };
   if (dtype == DType::kFloat) return with(Type<float>{});
   return dtype == DType::kHalf ? with(Type<__half>{}) : with(Type<__nv_bfloat16>{});
 }

@@ -39,8 +39,8 @@ inline BatchNorm to_batch_norm(const OptionalTensor& weight, const OptionalTenso
     if (t) check_channel_vector(*t, (prefix + name).c_str(), x);
     return {data_or_null(t), t && t->scalar_type() == ScalarType::Float};
   };
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), prefix, "mean and ", prefix,
-                  "var must be given together; x is ", shape(x));
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), prefix, "mean and ", prefix, "var must be given together; x is ",
+                  shape(x));
   STD_TORCH_CHECK(mean || !(weight || bias), prefix, "weight and ", prefix, "bias need ", prefix, "mean and ", prefix,
                   "var; x is ", shape(x));
   return {vector(weight, "weight"), vector(bias, "bias"), vector(mean, "mean"), vector(var, "var")};

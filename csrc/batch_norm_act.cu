@@ -1,11 +1,10 @@
 // batch_norm_act's forward pass with given statistics: checks, allocation and launch, on the LibTorch Stable ABI.
-#include "batch_norm_act.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "batch_norm.h"
+#include "batch_norm_act.cuh"
 
 namespace resnet_fused {
 namespace {
@@ -31,8 +30,7 @@ std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& x, const OptionalTensor&
 
   BatchNormActParams params{};
   params.bn = to_batch_norm(weight, bias, mean, var, "", x);
-  params.residual_bn =
-      to_batch_norm(residual_weight, residual_bias, residual_mean, residual_var, "residual_", x);
+  params.residual_bn = to_batch_norm(residual_weight, residual_bias, residual_mean, residual_var, "residual_", x);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = empty_channels_last(x);
   Tensor sum = pre_add ? empty_channels_last(x) : torch::stable::new_empty(x, {0});

@@ -136,9 +136,8 @@ __global__ void __launch_bounds__(kThreads, 2) batch_norm_mask_kernel(const Batc
 // channels are positive.
 inline Launch<BatchNormActParams> plan_batch_norm_act(BatchNormActParams& p, DType dtype, int64_t max_threads) {
   const int size = dtype == DType::kFloat ? 4 : 2;
-  const bool packed = p.channels % (kAccessBytes / size) == 0 &&
-                      is_aligned({p.x, p.y, p.residual, p.pre_add, p.sum}) && is_aligned(p.bn) &&
-                      is_aligned(p.residual_bn);
+  const bool packed = p.channels % (kAccessBytes / size) == 0 && is_aligned({p.x, p.y, p.residual, p.pre_add, p.sum}) &&
+                      is_aligned(p.bn) && is_aligned(p.residual_bn);
   const int vec = packed ? kAccessBytes / size : 1;
   const int64_t rows_at_once = ceil_div(max_threads * vec, p.channels);
   p.stride = (p.rows < rows_at_once ? p.rows : rows_at_once) * p.channels;

@@ -1,11 +1,10 @@
 // batch_norm_act's backward pass: checks, allocation and launch, on the LibTorch Stable ABI.
-#include "batch_norm_backward.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "batch_norm.h"
+#include "batch_norm_backward.cuh"
 
 namespace resnet_fused {
 namespace {
@@ -68,11 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_sums(
   Tensor partial = empty_vector(dy, count * params.in.tiling.splits * channels);
   params.partial = partial.mutable_data_ptr<float>();
   launch(plan_backward_sums(params, to_dtype(dy)), params, "batch_norm_act_backward_sums", dy);
-  const MergeSumsParams merge{params.partial,
-                              sum_dz.mutable_data_ptr<float>(),
-                              sum_dz_xhat.mutable_data_ptr<float>(),
-                              count == 3 ? sum_dz_rhat.mutable_data_ptr<float>() : nullptr,
-                              params.in.tiling};
+  const MergeSumsParams merge{params.partial, sum_dz.mutable_data_ptr<float>(), sum_dz_xhat.mutable_data_ptr<float>(),
+                              count == 3 ? sum_dz_rhat.mutable_data_ptr<float>() : nullptr, params.in.tiling};
   launch(plan_merge_sums(merge), merge, "batch_norm_act_backward_sums", dy);
   return {sum_dz, sum_dz_xhat, sum_dz_rhat};
 }
@@ -89,8 +85,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_dx(
                         residual_var, relu_mask, relu);
   STD_TORCH_CHECK((sum_dz && count) || !(sum_dz_xhat || sum_dz_rhat),
                   "sum_dz_xhat and sum_dz_rhat need sum_dz and count; dy is ", shape(dy));
-  STD_TORCH_CHECK(!sum_dz_rhat || residual_mean, "sum_dz_rhat needs residual_mean and residual_var; dy is ",
-                  shape(dy));
+  STD_TORCH_CHECK(!sum_dz_rhat || residual_mean, "sum_dz_rhat needs residual_mean and residual_var; dy is ", shape(dy));
   if (count) {
     STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Float && same_device(*count, dy),
                     "count must be one float32 on dy's device; dy is ", shape(dy), ", count ", shape(*count));

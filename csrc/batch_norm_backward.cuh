@@ -141,7 +141,8 @@ template <typename T, bool kPacked>
 constexpr int kBackwardBlocks = kPacked && sizeof(T) == 2 ? 2 : 1;
 
 template <typename T, bool kPacked, Residual kResidual>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kPacked>) backward_sums_kernel(const BackwardSumsParams p) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kPacked>)
+    backward_sums_kernel(const BackwardSumsParams p) {
   constexpr bool kNormalized = kResidual == Residual::kNormalized;
   constexpr int kSums = kNormalized ? 3 : 2;
   constexpr int kInFlight = kNormalized ? 1 : kRowsInFlight<T, kPacked>;
@@ -218,8 +219,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kPacked>) backwar
   const BackwardReader<T, kPacked, kResidual> reader(p.in, at);
 
   // mean(dz), and mean(dz * xhat) / sqrt(var + eps)
-  const auto load_means = [&](const float* sum_hat, const Vector& var, float(&mean_dz)[kGroup],
-                              float(&slope)[kGroup]) {
+  const auto load_means = [&](const float* sum_hat, const Vector& var, float (&mean_dz)[kGroup],
+                              float (&slope)[kGroup]) {
     const float count = *p.count;
     load_rstd<T, kGroup, kPacked>(var, at.channel, at.valid, p.in.eps, slope);
 #pragma unroll
@@ -284,7 +285,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kPacked>) backwar
 // Two blocks a processor hold the coefficients of two BNs in registers.
 inline Tiling tile_backward_sums(int64_t rows, int64_t channels) { return tile(rows, channels, 2 * kProcessors); }
 
-// Which of a residual's roles is left: a mask stands for one that is added as it is, and without a ReLU it does nothing.
+// Which of a residual's roles is left: a mask stands for one that is added as it is, and without a ReLU it does
+// nothing.
 inline Residual residual_kind(const BackwardParams& p) {
   const Residual kind = residual_kind(p.residual, p.residual_bn);
   return kind == Residual::kPlain && (p.relu_mask != nullptr || !p.relu) ? Residual::kNone : kind;

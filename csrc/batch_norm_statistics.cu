@@ -1,11 +1,10 @@
 // Batch statistics: checks, allocation and launch, on the LibTorch Stable ABI.
-#include "batch_norm_statistics.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "batch_norm.h"
+#include "batch_norm_statistics.cuh"
 
 namespace resnet_fused {
 namespace {

@@ -7,11 +7,11 @@
 namespace resnet_fused {
 
 struct StatisticsParams {
-  const void* x;         // [rows, channels]
-  const void* pre_add;   // [rows, channels] or null
-  void* sum;             // [rows, channels]: x + pre_add rounded to x's dtype; null without pre_add
-  float* partial_mean;   // [splits, channels], less the first element
-  float* partial_m2;     // [splits, channels]
+  const void* x;        // [rows, channels]
+  const void* pre_add;  // [rows, channels] or null
+  void* sum;            // [rows, channels]: x + pre_add rounded to x's dtype; null without pre_add
+  float* partial_mean;  // [splits, channels], less the first element
+  float* partial_m2;    // [splits, channels]
   Tiling tiling;
 };
 
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsPa
   const auto load_addend = [&](int64_t row) {
     return load_some<kGroup, kPacked>(static_cast<const T*>(p.pre_add) + row * channels + at.channel, at.valid);
   };
-  const auto add = [](const Pack<T, kGroup>& x, const Pack<T, kGroup>& addend, float(&z)[kGroup]) {
+  const auto add = [](const Pack<T, kGroup>& x, const Pack<T, kGroup>& addend, float (&z)[kGroup]) {
     float a[kGroup];
     unpack(x, z);
     unpack(addend, a);
@@ -186,9 +186,8 @@ inline Launch<StatisticsParams> plan_statistics(const StatisticsParams& p, DType
 }
 
 inline Launch<MergeStatisticsParams> plan_merge_statistics(const MergeStatisticsParams& p, DType dtype) {
-  const auto kernel = dispatch(dtype, true, [](auto type, auto) {
-    return merge_statistics_kernel<typename decltype(type)::type>;
-  });
+  const auto kernel =
+      dispatch(dtype, true, [](auto type, auto) { return merge_statistics_kernel<typename decltype(type)::type>; });
   return {kernel, ceil_div(p.tiling.channels, kMergeChannels)};
 }
 

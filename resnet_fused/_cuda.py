@@ -125,9 +125,9 @@ def backward_dx(
     need_dx: bool = True,
     need_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dx and the residual's gradient, as `_triton.batch_norm_train.backward_dx`; count: a float32 tensor of one element.
+    """dx and the residual's gradient, as `_triton.batch_norm_train.backward_dx`.
 
-    count may be None where sum_dz_xhat and sum_dz_rhat are.
+    count: a float32 tensor of one element, or None where sum_dz_xhat and sum_dz_rhat are.
     """
     return torch.ops.resnet_fused_cuda.batch_norm_act_backward_dx.default(
         dy, z, weight, bias, mean, var, eps,

@@ -215,16 +215,16 @@ def backward_sums(
     dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu, max_blocks=0, seed=0
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels, run, C = library("batch_norm_backward"), Run(max_blocks, 0, seed), dy.shape[1]
-    sums = [_vector(C) for _ in range(2 if mean2 is None else 3)]
     if dy.numel() == 0:
-        return tuple(torch.zeros(C) for _ in sums) if mean2 is not None else (*map(torch.zeros, (C, C)), dy.new_empty(0))
+        return torch.zeros(C), torch.zeros(C), torch.zeros(0 if mean2 is None else C)
+    sums = [_vector(C), _vector(C), None if mean2 is None else _vector(C)]
     splits = kernels.backward_splits(run, ctypes.c_int64(dy.numel() // C), ctypes.c_int64(C))
-    partial = _vector(len(sums) * splits * C)
+    partial = _vector((2 if mean2 is None else 3) * splits * C)
     inputs = _guard(dy, z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, relu_mask)
-    scalars, outputs = (ctypes.c_float(eps), ctypes.c_bool(relu)), [s.tensor for s in sums]
-    call(kernels, "backward_sums", inputs, run, *scalars, partial.tensor, *outputs, *[None] * (3 - len(sums)))
+    scalars = ctypes.c_float(eps), ctypes.c_bool(relu)
+    call(kernels, "backward_sums", inputs, run, *scalars, partial.tensor, *map(_tensor, sums))
     partial.check()
-    return tuple(s.check() for s in sums) if len(sums) == 3 else (*[s.check() for s in sums], torch.empty(0))
+    return tuple(_checked(mean, s) for s in sums)
 
 
 def backward_dx(

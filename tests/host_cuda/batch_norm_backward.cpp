@@ -42,8 +42,8 @@ EXPORT const char* backward_sums(Inputs in, Run run, DType dtype, int64_t rows, 
 EXPORT const char* backward_dx(Inputs in, Run run, DType dtype, int64_t rows, int64_t channels, float eps, bool relu,
                                void* dx, void* dresidual) {
   const auto vector = [&](int i) { return static_cast<const float*>(in.data[i]); };
-  BackwardDxParams params{to_params(in, eps, relu), vector(12), vector(13), vector(14), vector(15), in.data[16],
-                          dx, dresidual};
+  BackwardDxParams params{
+      to_params(in, eps, relu), vector(12), vector(13), vector(14), vector(15), in.data[16], dx, dresidual};
   params.in.tiling = retile(tile_elementwise(rows, channels), run);
   return run_on_host(plan_backward_dx(params, dtype), params, run);
 }

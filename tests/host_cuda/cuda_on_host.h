@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU. Every thread of a block is a fiber; the order of blocks and threads is drawn anew from a
-// seed wherever threads wait for each other, and shared memory holds NaN when a block starts. A launch ends with a
+// Runs CUDA kernels on the CPU. Every thread of a block is a fiber; the order of blocks and threads is drawn anew from
+// a seed wherever threads wait for each other, and shared memory holds NaN when a block starts. A launch ends with a
 // message where a thread leaves its memory, where a shared array is indexed beyond its end (with -fsanitize=bounds) and
 // where threads wait in vain. fp16 and bf16 are the toolkit's, in their host form. One library is one set of kernels:
 // compile with -fno-gnu-unique, and include this before the kernels.
@@ -149,12 +149,12 @@ inline int find_shared_memory(dl_phdr_info* library, size_t, void* found) {
   const uintptr_t here = reinterpret_cast<uintptr_t>(&machine);
   bool ours = false;
   for (int i = 0; i < library->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = library->dlpi_phdr[i];
+    const ElfW(Phdr) & header = library->dlpi_phdr[i];
     const uintptr_t begin = library->dlpi_addr + header.p_vaddr;
     ours |= header.p_type == PT_LOAD && here >= begin && here < begin + header.p_memsz;
   }
   for (int i = 0; ours && i < library->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = library->dlpi_phdr[i];
+    const ElfW(Phdr) & header = library->dlpi_phdr[i];
     if (header.p_type == PT_TLS) *static_cast<SharedMemory*>(found) = {library->dlpi_tls_data, header.p_memsz};
   }
   return ours;

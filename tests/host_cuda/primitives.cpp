@@ -23,7 +23,6 @@ __global__ void kernel(const Params p) {
   } else if (p.what == kExchange) {
     const unsigned all = 0xffffffffu;
     float v = __shfl_xor_sync(all, float(i), 1) + __shfl_sync(all, 100.f * i, 5) + __shfl_down_sync(all, 10000 * i, 16);
-    for (int j = 0; j < i % 7; ++j) v += 0;
     __syncwarp();
     out[i] = v + (__ballot_sync(all, i % 3 == 0) >> (i % 32) & 1) * 0.5f;
   } else if (p.what == kUninitialised) {
