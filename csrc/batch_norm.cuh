@@ -143,7 +143,7 @@ inline int64_t blocks(const Tiling& t) { return t.splits * t.column_blocks; }
 
 constexpr int64_t kProcessors = 108;  // an A100's: a grid of these times a few runs there, or on a larger GPU, at once
 
-inline Tiling tile_elementwise(int64_t rows, int64_t channels) { return tile(rows, channels, 8 * kProcessors, 16); }
+inline Tiling tile_elementwise(int64_t rows, int64_t channels) { return tile(rows, channels, 8 * kProcessors, 32); }
 
 inline bool is_aligned(std::initializer_list<const void*> pointers) {
   uintptr_t bits = 0;

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kPacked>)
     backward_sums_kernel(const BackwardSumsParams p) {
   constexpr bool kNormalized = kResidual == Residual::kNormalized;
   constexpr int kSums = kNormalized ? 3 : 2;
-  constexpr int kInFlight = kNormalized ? 1 : kRowsInFlight<T, kPacked>;
+  constexpr int kInFlight = kNormalized ? 1 : kRowsInFlight<T, kPacked> * (kResidual == Residual::kNone ? 2 : 1);
   const Tiling& t = p.in.tiling;
   const Place at = place(t);
   const BackwardReader<T, kPacked, kResidual> reader(p.in, at);
@@ -221,12 +221,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kPacked>) backwar
   // mean(dz), and mean(dz * xhat) / sqrt(var + eps)
   const auto load_means = [&](const float* sum_hat, const Vector& var, float (&mean_dz)[kGroup],
                               float (&slope)[kGroup]) {
-    const float count = *p.count;
+    const float share = 1.f / *p.count;
+    float mean_hat[kGroup];
     load_rstd<T, kGroup, kPacked>(var, at.channel, at.valid, p.in.eps, slope);
+    load_or<T, kGroup, kPacked>({p.sum_dz, true}, at.channel, at.valid, 0.f, mean_dz);
+    load_or<T, kGroup, kPacked>({sum_hat, true}, at.channel, at.valid, 0.f, mean_hat);
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
-      mean_dz[k] = k < at.valid ? p.sum_dz[at.channel + k] / count : 0.f;
-      slope[k] *= k < at.valid ? sum_hat[at.channel + k] / count : 0.f;
+      mean_dz[k] *= share;
+      slope[k] *= mean_hat[k] * share;
     }
   };
   float mean_dz[kGroup];
@@ -313,7 +316,8 @@ inline Launch<MergeSumsParams> plan_merge_sums(const MergeSumsParams& p) {
 
 inline Launch<BackwardDxParams> plan_backward_dx(const BackwardDxParams& p, DType dtype) {
   const Residual residual = residual_kind(p.in);
-  const bool all_packed = is_packed(p.in) && is_aligned({p.dtotal, p.dx, p.dresidual});
+  const bool all_packed = is_packed(p.in) && is_aligned({p.dtotal, p.dx, p.dresidual}) &&
+                          is_aligned({p.sum_dz, p.sum_dz_xhat, p.sum_dz_rhat});
   const auto kernel = dispatch(dtype, all_packed, [&](auto type, auto packed) {
     using T = typename decltype(type)::type;
     constexpr bool kPacked = decltype(packed)::value;

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, const 
   Tensor mean = empty_vector(x, channels);
   Tensor m2 = empty_vector(x, channels);
 
-  const Tiling tiling = tile_statistics(rows(x), channels);
+  const Tiling tiling = tile_statistics(rows(x), channels, pre_add.has_value());
   Tensor partial = empty_vector(x, 2 * tiling.splits * channels);
   float* const partial_mean = partial.mutable_data_ptr<float>();
   float* const partial_m2 = partial_mean + tiling.splits * channels;

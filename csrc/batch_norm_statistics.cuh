@@ -81,9 +81,12 @@ __device__ __forceinline__ Moments<1> merge_block(Moments<kVec>& own, int column
   return merged;
 }
 
+template <bool kPreAdd>
+constexpr int kStatisticsBlocks = kPreAdd ? 2 : 3;  // of a multiprocessor, by their registers
+
 // Welford's recurrence down each thread's rows.
 template <typename T, bool kPacked, bool kPreAdd>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, kStatisticsBlocks<kPreAdd>) statistics_kernel(const StatisticsParams p) {
   constexpr int kInFlight = (kPacked ? 2 : 1) * kRowsInFlight<T, kPacked>;
   const Place at = place(p.tiling);
   const int64_t channels = p.tiling.channels;
@@ -172,7 +175,9 @@ __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(const MergeS
   }
 }
 
-inline Tiling tile_statistics(int64_t rows, int64_t channels) { return tile(rows, channels, 4 * kProcessors); }
+inline Tiling tile_statistics(int64_t rows, int64_t channels, bool pre_add) {
+  return tile(rows, channels, kProcessors * (pre_add ? kStatisticsBlocks<true> : kStatisticsBlocks<false>));
+}
 
 inline Launch<StatisticsParams> plan_statistics(const StatisticsParams& p, DType dtype) {
   const bool packed = p.tiling.channels % kGroup == 0 && is_aligned({p.x, p.pre_add, p.sum});

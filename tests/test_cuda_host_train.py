@@ -151,6 +151,17 @@ def test_only_what_is_needed():
             assert torch.equal(result, full) if need else result.numel() == 0
 
 
+@pytest.mark.parametrize("C, size", [(3, 224), (64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)])
+def test_every_shape_has_blocks_enough(C, size):
+    run = host_cuda.Run(0, 0, 0)
+    for name, more in (("statistics", (False,)), ("statistics", (True,)), ("backward", ())):
+        for batch in (1, 2, 8, 32, 100, 256, 1024):
+            rows = batch * size * size
+            shape = ctypes.c_int64(rows), ctypes.c_int64(C), *map(ctypes.c_bool, more)
+            blocks = host_cuda.library(f"batch_norm_{name}")[f"{name}_splits"](run, *shape) * -(-C // 256)
+            assert 108 <= blocks <= 3 * 108 or blocks * 256 * 8 >= rows * C  # or every thread has one row
+
+
 def test_explain_names_the_backend(cuda_serves_the_cpu):
     model = torch.nn.Sequential(resnet_fused.BasicBlock(8, 8)).train()
     with resnet_fused.backend("cuda"):

@@ -202,7 +202,8 @@ def apply_with_mask(x, weight, bias, mean, var, eps, residual, max_blocks=0, see
 
 def statistics(x, pre_add=None, max_blocks=0, seed=0, csrc=CSRC) -> tuple[Tensor, Tensor, Tensor]:
     kernels, run, C = library("batch_norm_statistics", csrc), Run(max_blocks, 0, seed), x.shape[1]
-    splits = kernels.statistics_splits(run, ctypes.c_int64(x.numel() // C), ctypes.c_int64(C))
+    shape = ctypes.c_int64(x.numel() // C), ctypes.c_int64(C)
+    splits = kernels.statistics_splits(run, *shape, ctypes.c_bool(pre_add is not None))
     total, partial = None if pre_add is None else _image(x), _vector(2 * splits * C)
     mean, m2 = _vector(C), _vector(C)
     outputs = _tensor(total), partial.tensor, mean.tensor, m2.tensor
