@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torchvision
+from batch_norm_train import BN_CASES, check_case, train
 
 import resnet_fused
-from resnet_fused import _registry, testing
+from resnet_fused import _cuda, _registry, testing
+from resnet_fused._triton import batch_norm_train
 from resnet_fused.models import get_model, list_models
 from resnet_fused.testing import CASES, DTYPES, LAYOUTS, check, make_inputs
 
@@ -36,6 +38,41 @@ def test_within_budget_of_float64(case, backend):
                 except resnet_fused.BackendUnavailable as reason:
                     assert any(known in str(reason) for known in ("torch.float", "only with a ReLU", "cudnn serves"))
                     pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize(
+    "case", [*BN_CASES, *(c for c in CASES if c.id.startswith("bn") and c.large)], ids=lambda c: c.id
+)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_training_within_budget_of_float64(case, backend):
+    for dtype in DTYPES[:1] if case.large else DTYPES:
+        force(backend)
+        check_case(case, dtype, backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("id", ["bn-join", "bn-two-bn-join", "bn-pre-add", "bn-10-channels"])
+def test_training_twice_gives_the_same_bits(id, backend):
+    case = next(c for c in CASES if c.id == id)
+    args, kwargs = make_inputs(case, dtype=torch.bfloat16, device="cuda")
+    with force(backend):
+        first, second = (train(case, testing.OPS[case.op], args, kwargs) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("writer, reader", [("cuda", "triton"), ("triton", "cuda")])
+@pytest.mark.parametrize("C", [8, 10, 300])
+def test_masks_go_from_one_backend_to_the_other(C, writer, reader):
+    kernels = {"cuda": _cuda, "triton": batch_norm_train}
+    x, residual, dy = (torch.randn(2, C, 5, 3, device="cuda", dtype=torch.float16) for _ in range(3))
+    x, residual, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual, dy))
+    mean, var, nothing = torch.zeros(C, device="cuda"), torch.ones(C, device="cuda"), (None,) * 5
+    with force(writer), force(reader):
+        masks = [kernels[b].apply_with_mask(x, None, None, mean, var, 0.0, residual)[1] for b in (writer, reader)]
+        call = (dy, x, None, None, mean, var, 0.0, *nothing, masks[0], True)
+        sums = [kernels[b].backward_sums(*call)[0] for b in (writer, reader)]
+    assert torch.equal(*masks)
+    torch.testing.assert_close(*sums)
 
 
 @pytest.mark.parametrize("name", list_models()[:10])
@@ -87,3 +124,20 @@ def test_past_2_to_the_31_elements():
             y = resnet_fused.ops.batch_norm_act(x, *vectors, training=False)
             expected = resnet_fused.ops.batch_norm_act(x[:, :, -9:], *vectors, training=False)
             assert torch.equal(y[:, :, -9:], expected)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gradients_past_2_to_the_31_elements(backend):
+    x, dy = (torch.randn(1, 8, 2**28 + 7, 1, device="cuda", dtype=torch.float16) for _ in range(2))
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    vectors = [v.cuda() for v in (torch.rand(8) + 1, torch.randn(8), torch.randn(8), torch.rand(8) + 1)]
+
+    def gradients(x, residual, dy):
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y = resnet_fused.ops.batch_norm_act(x, *vectors, residual=residual, training=False)
+        return torch.autograd.grad(y, (x, residual), dy)
+
+    with force(backend):
+        whole = gradients(x, dy, dy)
+        alone = gradients(*(t[:, :, -9:].contiguous(memory_format=torch.channels_last) for t in (x, dy, dy)))
+    assert all(torch.equal(a[:, :, -9:], b) for a, b in zip(whole, alone, strict=True))
