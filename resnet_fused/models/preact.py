@@ -70,6 +70,8 @@ class PreActBottleneck(_PreAct, Bottleneck):
 class PreActResNet(ResNet):
     """The pre-activation ResNet; in training the add of every unit and the BN + ReLU after it are one fused pass.
 
+    In eval mode, with `recompute`, and where hooks look on, a unit's last convolution adds in its own pass.
+
     Arguments and shapes as `ResNet`, except: block is `PreActBasicBlock` or `PreActBottleneck`, shortcut None and
     zero_init_residual=True raise ValueError, for a unit needs its shortcut and its branch does not end in a BN.
     """

@@ -164,9 +164,9 @@ class ResNet(nn.Module):
         same = stride == 1 and in_planes == out_planes
         if self.shortcut is None or (same and self.shortcut != "C"):
             return None
-        return (
-            PadShortcut(out_planes, stride) if self.shortcut == "A" else self._projection(in_planes, out_planes, stride)
-        )
+        if self.shortcut == "A":
+            return PadShortcut(out_planes, stride)
+        return self._projection(in_planes, out_planes, stride)
 
     def _stages(self) -> list[nn.Sequential]:
         return [getattr(self, f"layer{i + 1}") for i in range(self.stages)]
