@@ -62,7 +62,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("images", nargs="*", metavar="IMAGE", help="image files; scikit-image's cat by default")
     command.add_argument("--top", type=positive_int, default=5, metavar="K", help="classes an image (default: 5)")
     command.add_argument(
-        "--model", choices=models.list_models(), default="resnet50", metavar="NAME", help="default: resnet50"
+        "--model", choices=list(TORCHVISION_ENUMS), default="resnet50", metavar="NAME", help="default: resnet50"
     )
     command.add_argument("--weights", help="as weights= of the model: DEFAULT, IMAGENET1K_V1, MSRA, or a file")
     command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,26 @@ class Step(NamedTuple):
     bn: nn.Module
     act: nn.Module | None = None
     addend: nn.Module | Literal["input"] | None = None
+
+
+class PadShortcut(nn.Module):
+    """The shortcut without parameters (option A): every stride-th pixel, and zeros for the new channels.
+
+    Shape: [N, C, H, W] -> [N, channels, ceil(H / stride), ceil(W / stride)], in x's layout.
+    """
+
+    def __init__(self, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = F.avg_pool2d(x, 1, self.stride)  # pooling's gradient keeps channels_last, slicing's does not
+        return F.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, stride={self.stride}"
 
 
 def run(x: Tensor, *steps: Step, then: nn.Module | None = None, recompute: Recompute = None) -> Tensor:
@@ -59,8 +80,14 @@ def _recomputes(steps: tuple[Step, ...]) -> bool:
     """Compiled graphs decide for themselves what they keep; a module that is called as it is may not run twice."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    inner = [_projection(s.addend) for s in steps if isinstance(s.addend, nn.Module)]
+    addends = [s.addend for s in steps if isinstance(s.addend, nn.Module) and not _repeats(s.addend)]
+    inner = [_projection(a) for a in addends]
     return None not in inner and all(_unfusable(s) is None for s in (*steps, *inner))
+
+
+def _repeats(shortcut: nn.Module) -> bool:
+    """Whether a shortcut that is called as it is may run twice."""
+    return type(shortcut) is PadShortcut and _called_plainly(shortcut) is None
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

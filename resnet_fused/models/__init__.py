@@ -4,10 +4,24 @@ from typing import Any
 
 from torch import nn
 
+from .blocks import BasicBlock, Bottleneck
+from .cifar import (
+    cifar_plain20,
+    cifar_plain32,
+    cifar_plain44,
+    cifar_plain56,
+    cifar_plain110,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+    cifar_resnet1202,
+)
 from .resnet import (
-    BasicBlock,
-    Bottleneck,
     ResNet,
+    plain18,
+    plain34,
     resnet18,
     resnet34,
     resnet50,
@@ -34,6 +48,19 @@ _BUILDERS = {
         resnext101_64x4d,
         wide_resnet50_2,
         wide_resnet101_2,
+        plain18,
+        plain34,
+        cifar_resnet20,
+        cifar_resnet32,
+        cifar_resnet44,
+        cifar_resnet56,
+        cifar_resnet110,
+        cifar_resnet1202,
+        cifar_plain20,
+        cifar_plain32,
+        cifar_plain44,
+        cifar_plain56,
+        cifar_plain110,
     )
 }
 

@@ -143,6 +143,11 @@ def _first(items: list[str], count: int = 3) -> str:
 
 
 def _unknown(model_name: str | None, weights: Any) -> ValueError:
+    if model_name is not None and model_name not in TORCHVISION_ENUMS:
+        return ValueError(
+            f"weights={weights!r}: none are published for {model_name}; accepted are None, or the path of a "
+            f"{', '.join(_LOCAL)} file"
+        )
     class_name = TORCHVISION_ENUMS.get(model_name, "ResNet50_Weights")
     names = "a full name such as" if model_name is None else "its name such as 'DEFAULT' or"
     msra = ", 'MSRA'" if model_name in (None, "resnet50") else ""
@@ -153,6 +158,8 @@ def _unknown(model_name: str | None, weights: Any) -> ValueError:
 
 
 def _member(model_name: str | None, class_name: str, member: str, weights: Any) -> enum.Enum:
+    if model_name is not None and model_name not in TORCHVISION_ENUMS:
+        raise _unknown(model_name, weights)
     expected = TORCHVISION_ENUMS.get(model_name)
     if expected and class_name != expected:
         raise ValueError(f"weights={weights!r} are of {class_name}; {model_name} takes {expected}")
