@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import os
 import pickle
 import signal
@@ -362,6 +363,12 @@ def test_other_precisions_and_recipes(run, options):
     losses = [float(row["loss"]) for row in rows(out)]
     assert len(losses) == 4 and all(1 < loss < 5 for loss in losses)
     assert load_model(out)[1]["model_kwargs"] == {"num_classes": 10, "shortcut": "B"}
+
+
+def test_compiled_it_is_the_same_run(run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    options = ("--iterations", "3", "--model", "plain18", "--data", "synthetic:60x8")
+    assert rows(run("compiled", *options, "--compile")) == rows(run("plain", *options))
 
 
 KILLED = ("--iterations", "30", "--save-every", "4", "--eval-every", "7", "--warm-up")
