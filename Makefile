@@ -24,5 +24,5 @@ bench:
 aot:  ## compile every kernel's configurations for GPUs that need not be there
 	$(PYTHON) tests/aot.py
 
-gpu:  ## build, test and measure on this machine's GPU; results into benchmarks/results or $$OUT
+gpu:  ## build, test and measure on a GPU: SUITE=all, models, autotune or training; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

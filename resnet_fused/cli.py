@@ -85,6 +85,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         command.set_defaults(run=train.main)
 
     command = commands.add_parser("info", help="versions, devices, and which backends are there")
+    command.add_argument("--models", action="store_true", help="parameters and multiply-adds of every model instead")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
@@ -228,6 +229,12 @@ def _sample_image(transform: Any) -> dict[str, Tensor]:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.models:
+        from .models import costs
+
+        rows = costs.table()
+        print(json.dumps(rows, indent=2) if args.json else _models_text(rows))
+        return 0
     info = _collect_info()
     print(json.dumps(info, indent=2) if args.json else _info_text(info))
     return 0
@@ -279,3 +286,19 @@ def _info_text(info: dict[str, Any]) -> str:
 
 def _rows(values: dict[str, Any]) -> list[str]:
     return [f"  {key:14}{'none' if value is None else value}" for key, value in values.items()]
+
+
+def _models_text(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'model':52}{'image':>5}{'parameters':>14}{'multiply-adds':>16}"]
+    for row in rows:
+        name = ", ".join([row["model"], *(f"{key}={value}" for key, value in row["arguments"].items())])
+        size, parameters, multiply_adds = row["image_size"], row["parameters"] / 1e6, row["multiply_adds"] / 1e9
+        lines.append(f"{name:52}{size:5}{parameters:12.2f} M{multiply_adds:14.3f} G")
+    lines += [
+        "",
+        "Multiply-adds are those of convolutions and linear layers for one image, by shape. The paper's ResNet-50,",
+    ]
+    lines += [
+        "101 and 152 have the stride on the first 1x1 convolution, torchvision's on the 3x3. VGG is torchvision's."
+    ]
+    return "\n".join(lines)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import skimage.data
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import resnet_fused
@@ -58,6 +60,19 @@ def test_models_against_torchvision(name):
             y = ours(X)
         expected, exact = theirs(X), theirs.double()(X.double())
     assert largest(y.double() - exact) <= 2 * largest(expected.double() - exact) + 2**-24 * largest(exact)
+
+
+def test_a_real_photograph_keeps_its_classes(msra):
+    model = get_model("resnet50", weights="MSRA").eval()
+    preprocess = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=160, resize_size=183)
+    x = preprocess(Image.fromarray(skimage.data.chelsea())).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(x).softmax(1)
+        with resnet_fused.backend("triton"):
+            probabilities = model(x).softmax(1)
+    assert expected.argmax() == 285 and expected.max() > 0.5  # Egyptian cat
+    assert torch.equal(probabilities.topk(5).indices, expected.topk(5).indices)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-3)
 
 
 def test_resnet50_takes_57_launches_at_most(launches):

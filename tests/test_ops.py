@@ -125,11 +125,28 @@ def test_opcheck(case, layout):
         torch.library.opcheck(op, raw_arguments(case, torch.float32, layout))
 
 
-@pytest.mark.parametrize("case", [c for c in SMALL if c.op == "batch_norm_act" and c.id != "bn-empty"], **ids)
-def test_opcheck_of_the_training_operators(case):
+TRAINED = [c for c in SMALL if c.op == "batch_norm_act" and c.id != "bn-empty"]
+JOINS = [c for c in TRAINED if c.id in ("bn-join", "bn-two-bn-join", "bn-pre-add-join")]
+ORDERS = ["NCHW", "CNHW", "NWHC", "HWNC", "WCNH"]
+
+
+def in_order(t, order):
+    """The same tensor, dense in memory in that order of dimensions."""
+    if not isinstance(t, torch.Tensor) or t.dim() != 4:
+        return t
+    dims = ["NCHW".index(d) for d in order]
+    return t.permute(dims).contiguous().permute([dims.index(d) for d in range(4)])
+
+
+@pytest.mark.parametrize(
+    "case, order",
+    [(c, "NHWC") for c in TRAINED] + [(c, o) for c in JOINS for o in ORDERS],
+    ids=lambda p: getattr(p, "id", p),
+)
+def test_opcheck_of_the_training_operators(case, order):
     from resnet_fused.ops.batch_norm_act import steps
 
-    args, kwargs = make_inputs(case, dtype=torch.float32)
+    args, kwargs = testing.map_tensors(make_inputs(case, dtype=torch.float32), lambda t: in_order(t, order))
     x, weight, bias, mean, var = args
     residual, bn2, pre_add = kwargs.get("residual"), kwargs.get("residual_bn", (None,) * 4), kwargs.get("pre_add")
     relu = kwargs.get("act", "relu") == "relu"

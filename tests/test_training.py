@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -238,6 +239,60 @@ def test_recompute_changes_nothing_but_memory(name, backend, bn):
         for ours, plain in zip(other, found[0], strict=True):
             for a, b in zip(ours, plain, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * testing.largest(b.float()))
+
+
+def recomputing(mode, **kwargs):
+    torch.manual_seed(0)
+    model = resnet_fused.ResNet(resnet_fused.BasicBlock, [1, 1, 1, 1], 8, recompute=mode, **kwargs).train()
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_recompute_again_for_a_second_backward_outside_the_backends_block(mode):
+    model = recomputing(mode)
+    with resnet_fused.backend("triton"):
+        loss = model(X[:, :, ::2, ::2]).logsumexp(1).sum()
+    first, second = (torch.autograd.grad(loss, model.parameters(), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert model.bn1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_recompute_leaves_another_module_behind_the_stem_alone(mode):
+    found = []
+    for m in (None, mode):
+        model = recomputing(m)
+        model.maxpool = nn.Dropout(0.5)
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(model(X).logsumexp(1).sum(), model.parameters()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_recompute_in_one_thread_leaves_others_alone():
+    models = [recomputing(None), recomputing("blocks")]
+    ready = threading.Barrier(2)
+
+    def train(model):
+        for _ in range(4):
+            ready.wait()
+            model(X[:, :, ::2, ::2]).sum().backward()
+
+    threads = [threading.Thread(target=train, args=(m,)) for m in models]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [m.bn1.num_batches_tracked.item() for m in models] == [4, 4]
+    for a, b in zip(*(m.buffers() for m in models), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_explain_names_every_step_of_a_recomputing_model(mode):
+    with resnet_fused.backend("triton"):
+        rows = [r for r in explain(recomputing(mode), X) if "BatchNorm2d" in r.modules]
+    assert len(rows) == 12 and all(r.ran == ["batch_norm_act: triton"] or "'s pass" in r.ran[0] for r in rows)
 
 
 def test_recompute_takes_three_values():

@@ -18,6 +18,20 @@ from .cifar import (
     cifar_resnet110,
     cifar_resnet1202,
 )
+from .preact import (
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActResNet,
+    cifar_preact_resnet110,
+    cifar_preact_resnet164,
+    cifar_preact_resnet1001,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+    preact_resnet200,
+)
 from .resnet import (
     ResNet,
     plain18,
@@ -61,10 +75,30 @@ _BUILDERS = {
         cifar_plain44,
         cifar_plain56,
         cifar_plain110,
+        preact_resnet18,
+        preact_resnet34,
+        preact_resnet50,
+        preact_resnet101,
+        preact_resnet152,
+        preact_resnet200,
+        cifar_preact_resnet110,
+        cifar_preact_resnet164,
+        cifar_preact_resnet1001,
     )
 }
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet", "get_model", "list_models", "load_weights", *_BUILDERS]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "ResNet",
+    "get_model",
+    "list_models",
+    "load_weights",
+    *_BUILDERS,
+]
 
 
 def list_models() -> list[str]:

@@ -7,7 +7,8 @@ errors on CIFAR-10 are in the paper's table 6.
 from typing import Any
 
 from .blocks import BasicBlock
-from .resnet import ResNet, WeightsArg, build
+from .resnet import ResNet, build
+from .weights import WeightsArg
 
 
 def _cifar(name: str, n: int, weights: WeightsArg, progress: bool, kwargs: dict[str, Any], **fixed: Any) -> ResNet:

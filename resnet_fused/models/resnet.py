@@ -119,6 +119,7 @@ class ResNet(nn.Module):
         None: nothing. "activations": the outputs of BN + ReLU inside the blocks and in the stem, from the convolutions'
         outputs. "blocks": everything but the blocks' inputs. Gradients are the same to rounding; running statistics,
         `num_batches_tracked` and collectives are those of None. Compiled models decide for themselves what they keep.
+        A block with a module that is not fused (see `explain`) keeps what torchvision's would.
 
         Raises:
             ValueError: another value.

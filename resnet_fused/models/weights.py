@@ -9,6 +9,7 @@ import re
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,14 +40,19 @@ class Source(NamedTuple):
     state_dict: Callable[[bool], dict[str, Tensor]]  # progress -> tensors
 
 
-def torchvision_enum(class_name: str) -> type[enum.Enum]:
-    """torchvision's own weights enum of that name; ImportError with the remedy where torchvision is missing."""
+def torchvision_models(wanted: str = "this") -> ModuleType:
+    """`torchvision.models`; ImportError with the remedy where it is missing."""
     try:
         import torchvision.models
     except (ImportError, OSError, RuntimeError) as error:  # the last two where it was built for another torch
-        message = f"{class_name} is torchvision's, which can't be imported ({error}); pip install torchvision"
+        message = f"{wanted} is torchvision's, which can't be imported ({error}); pip install torchvision"
         raise ImportError(message, name="torchvision") from error
-    return getattr(torchvision.models, class_name)
+    return torchvision.models
+
+
+def torchvision_enum(class_name: str) -> type[enum.Enum]:
+    """torchvision's own weights enum of that name; ImportError with the remedy where torchvision is missing."""
+    return getattr(torchvision_models(class_name), class_name)
 
 
 def resolve(model_name: str | None, weights: WeightsArg) -> Source | None:

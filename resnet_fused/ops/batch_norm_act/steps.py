@@ -38,7 +38,10 @@ DX = (
 def supported(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...], trains: bool) -> str | None:
     """Why a backend can't serve a call, or None; from metadata alone. `trains`: batch statistics, or gradients."""
     if backend not in ("cuda", "triton"):
-        return f"{backend} serves convolutions in eval mode without gradients only; call it under torch.no_grad()"
+        return (
+            f"{backend} serves convolutions in eval mode without gradients only, with the BN behind them: call it "
+            "under torch.no_grad(), and pre-activation networks, whose BN comes first, under another backend"
+        )
     if trains and backend == "cuda":
         return "the extension has no kernels for batch statistics and gradients yet"
     return _checks.kernel_dtypes(x, vectors, uniform=backend == "cuda")
@@ -137,8 +140,12 @@ def eager_dx(
     dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu,
     sum_dz, sum_dz_xhat, sum_dz_rhat, count, dtotal, need_dx, need_dresidual,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The images' gradients; `sum_dz_xhat` is None where the statistics were given, `sum_dz_rhat` likewise."""
+    """The images' gradients; `sum_dz_xhat` is None where the statistics were given, `sum_dz_rhat` likewise.
+
+    count: the elements a channel behind the statistics, where they are not dy's alone.
+    """
     dz = _dz(dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu)
+    count = dy.numel() // dy.shape[1] if count is None else count
 
     def through(x, w, m, v, sum_hat):
         if m is None:
@@ -190,7 +197,9 @@ def _launch_sums(backend: str, *args):
 
 def _launch_dx(backend: str, *args):
     *given, count, dtotal, need_dx, need_dresidual = _dense(args)
-    return _triton_train.backward_dx(*given, 1.0 if count is None else count, dtotal, need_dx, need_dresidual)
+    dy = given[0]
+    count = dy.numel() // dy.shape[1] if count is None else count
+    return _triton_train.backward_dx(*given, count, dtotal, need_dx, need_dresidual)
 
 
 def _step(

@@ -175,6 +175,8 @@ def conv_bn_act(
             return "onednn has no gradients; call it under torch.no_grad() or torch.inference_mode()"
         if _checks.needs_grad((bn_weight, bn_bias)):
             return "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
+        if (reason := _checks.transformed()) is not None:
+            return reason
         return backends.supported(name, x, weight, (bn_weight, bn_bias, running_mean, running_var), act == "relu")
 
     choice = _registry.choose("conv_bn_act", x.device, serves, backends.shape_class(weight))
