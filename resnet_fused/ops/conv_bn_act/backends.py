@@ -24,8 +24,8 @@ def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | N
     reason = _checks.kernel_dtypes(x, vectors, uniform=backend == "cuda")
     if reason is None and backend == "onednn":
         return _onednn.unsupported(x.dtype)
-    if reason is None and backend == "cudnn":
-        return _cudnn.unsupported(relu)
+    if reason is None and backend == "cudnn" and not relu and _registry.get_backend() != "cudnn":
+        return _cudnn.WITHOUT_RELU
     return reason
 
 
@@ -94,6 +94,8 @@ def split_reason(backend: str, args: tuple) -> str | None:
     """Why PyTorch's convolution and one fused pass serve, instead of one kernel; None where one kernel does."""
     if backend == "cuda":
         return "the extension has no convolution yet: PyTorch's, then BN, add and ReLU in one pass"
+    if backend == "cudnn" and not args[-1]:
+        return f"{_cudnn.WITHOUT_RELU}: PyTorch's convolution with folded weights, then the add"
     if backend != "triton":
         return None
     x, weight, *_, stride, padding, dilation, groups, _, _ = args
