@@ -52,8 +52,7 @@ class Graphed:
 
     def capture(self, example: Tensor) -> None:
         """Capture a graph for inputs like `example`."""
-        with torch.no_grad():
-            self._captured[_kind(example)] = self._new(example)
+        self._captured[_kind(example)] = self._new(example)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,7 +75,8 @@ class Graphed:
         alive = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
         if _trains(self.model):
             raise ValueError("model must be in eval mode to be captured: warm-up runs would count as batches")
-        return Captured(*self._capture(self.model, example), alive, state)
+        with torch.inference_mode(False), torch.no_grad():  # the graph's tensors are written in later calls
+            return Captured(*self._capture(self.model, example), alive, state)
 
 
 def graphed(model: nn.Module, example: Tensor) -> Graphed:

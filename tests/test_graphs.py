@@ -127,6 +127,17 @@ def test_modes_and_backends(setup):
     assert recorder.captures == 1
 
 
+def test_captures_under_inference_mode_serve_outside_it(setup):
+    model, graphed, recorder = setup
+    replace_parameter(model)
+    with torch.inference_mode():
+        graphed.capture(X[:1].clone())
+        graphed(X)  # captured anew
+    assert_right(model, graphed, X[:1])
+    assert_right(model, graphed)
+    assert (recorder.captures, recorder.replays) == (3, 4)
+
+
 def test_the_example_has_to_be_on_a_gpu():
     with pytest.raises(ValueError, match="example must be on a CUDA device, got cpu"):
         resnet_fused.graphed(resnet_fused.resnet18().eval(), X)
