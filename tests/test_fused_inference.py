@@ -182,9 +182,11 @@ def test_tuned_entries_are_not_trusted_blindly(own_store, small):
         found = tune(ours, x, lambda launch: 1.0)
         (path,) = own_store.glob("tuned-*.json")
         content = json.loads(path.read_text())
-        for i, key in enumerate(found):
-            wrong = [None, 3, {"backend": "none", "config": None}, {"backend": "triton"}]
-            content["entries"][key] = wrong[i % 4]
+        wrong = [3, {"backend": "none", "config": None}, {"backend": ["triton"], "config": None}, {"backend": "triton"}]
+        tiles = [[1], "x", {}, {"BLOCK_M": 3}, found[next(iter(found))]["config"] | {"BLOCK_M": 48}]
+        wrong += [{"backend": "triton", "config": tile} for tile in tiles]
+        content["entries"] = dict(zip(found, wrong, strict=False))
+        assert len(found) >= len(wrong)
         path.write_text(json.dumps(content))
         _tuned.forget()
         assert_close(ours, theirs, x)

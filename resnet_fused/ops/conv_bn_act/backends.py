@@ -64,8 +64,11 @@ def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choi
 
     def serves(name: str) -> str | None:
         nonlocal config
-        config = tuned["config"] if tuned is not None and tuned["backend"] == name else default_config(name, args)
         reason = supported(name, x, weight, tuple(vectors), relu)
+        if reason is None:
+            config = default_config(name, args)
+            if tuned is not None and tuned["backend"] == name and tuned["config"] in configs(name, args):
+                config = tuned["config"]  # no other: the file may hold anything
         return reason or refused(name, args, config, reference)
 
     tuned = _tuned.lookup(x.device, key(args))
