@@ -64,7 +64,7 @@ class Graphed:
         captured.input.copy_(x)
         captured.replay()
         if captured.state != _state(self.model):  # looked at while the replay runs
-            if _trains(self.model):
+            if trains(self.model):
                 return self.model(x)
             captured = self._captured[kind] = self._new(x)
             captured.replay()
@@ -73,7 +73,7 @@ class Graphed:
     def _new(self, example: Tensor) -> Captured:
         state = _state(self.model)
         alive = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
-        if _trains(self.model):
+        if trains(self.model):
             raise ValueError("model must be in eval mode to be captured: warm-up runs would count as batches")
         with torch.inference_mode(False), torch.no_grad():  # the graph's tensors are written in later calls
             return Captured(*self._capture(self.model, example), alive, state)
@@ -98,7 +98,8 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     return result
 
 
-def _trains(model: nn.Module) -> bool:
+def trains(model: nn.Module) -> bool:
+    """Whether a call would count as a batch: the model, one of its BNs or a dropout is in train mode."""
     stateful = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     return any(m.training for m in model.modules() if m is model or isinstance(m, stateful))
 

@@ -198,6 +198,9 @@ def test_tune_says_what_it_needs():
         tune(ours, X)
     with pytest.raises(ValueError, match="nothing is fused on cpu under backend 'auto'"):
         tune(ours, X, lambda launch: 1.0)
+    ours.layer1[0].bn1.train()
+    with pytest.raises(ValueError, match="model must be in eval mode to be tuned"), resnet_fused.backend("triton"):
+        tune(ours, X, lambda launch: 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
