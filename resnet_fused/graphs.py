@@ -1,12 +1,19 @@
 """A model's forward pass as CUDA graphs, one for each kind of input, behind a plain call."""
 
 from collections.abc import Callable, Hashable
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _registry
+
+_SETTINGS = {  # numbers that a graph holds fast
+    nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups"),
+    nn.BatchNorm2d: attrgetter("eps"),
+    nn.SyncBatchNorm: attrgetter("eps"),
+}
 
 
 class Captured(NamedTuple):
@@ -40,9 +47,10 @@ class Graphed:
     """Calls `model` without gradients, by graph replay where an input like this one was captured.
 
     Replays see every in-place edit of the weights and statistics. A change that a replay would not see (moved or
-    replaced tensors, replaced modules, train() or eval(), hooks, `set_backend`) leads to a new capture. An input of a
-    shape, dtype or layout that was not captured runs as a plain call, as every input does in train mode; `capture`
-    adds it.
+    replaced tensors, replaced modules, their geometry or eps, train() or eval(), hooks) leads to a new capture. An
+    input of a shape, dtype or layout that was not captured, or under another autocast, `set_backend` or
+    `torch.backends.cudnn.conv.fp32_precision`, runs as a plain call, as every input does in train mode; `capture` adds
+    it.
     """
 
     def __init__(self, model: nn.Module, capture: Callable = capture_cuda_graph) -> None:
@@ -107,17 +115,19 @@ def trains(model: nn.Module) -> bool:
 def _kind(x: Tensor) -> Hashable:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return x.shape, x.stride(), x.dtype, x.device, autocast, _registry.get_backend()
+    precision = torch.backends.cudnn.conv.fp32_precision
+    return x.shape, x.stride(), x.dtype, x.device, autocast, precision, _registry.get_backend()
 
 
 def _state(model: nn.Module) -> Hashable:
-    """What a replay would not see: modules, modes, hooks, and where the tensors lie."""
+    """What a replay would not see: modules, modes, settings, hooks, and where the tensors lie; looked at every call."""
     modules = list(model.modules())
     return (
-        tuple(map(id, modules)),
+        tuple(modules),
         tuple(m.training for m in modules),
-        tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
-        tuple("forward" in m.__dict__ for m in modules),
+        tuple(_SETTINGS[type(m)](m) for m in modules if type(m) in _SETTINGS),
+        tuple((*m._forward_hooks, *m._forward_pre_hooks) for m in modules),  # ids that are never given twice
+        tuple(m.__dict__.get("forward") for m in modules),
         tuple(
             (t.data_ptr(), t.dtype)
             for m in modules
