@@ -15,6 +15,7 @@ if _triton.IMPORT_ERROR is None:
     from ..._triton import conv_bn_act as _triton_kernels
 
 Config = dict[str, Any] | None
+PLANS = 4096  # kept at most
 
 
 def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...], relu: bool) -> str | None:
@@ -35,7 +36,9 @@ def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
     plan = _plans.get(call)
     if plan is None:
         plan = _plan(reference, args)
-        if plan[0].backend != "eager":  # eager's reason may pass: a check that a capture put off
+        if not _trust.capturing(args[0].device):  # a capture puts checks off
+            if len(_plans) >= PLANS:
+                _plans.clear()
             _plans[call] = plan
     choice, config = plan
     _registry.record("conv_bn_act", choice, args)
@@ -54,7 +57,8 @@ def _metadata(args: tuple) -> tuple:
     return (
         *(None if t is None else t.dtype for t in (x, *vectors)),
         *(x.device, x.shape, weight.shape, weight.dtype, *stride, *padding, *dilation, groups),
-        *(residual is None, relu, _allow_tf32(x), _registry.get_backend(), _tuned.generation, _trust.generation),
+        *(residual is None, relu, _allow_tf32(x), torch.backends.cudnn.enabled, _registry.get_backend()),
+        *(_tuned.generation, _trust.generation),
     )
 
 
