@@ -94,7 +94,7 @@ class PreActResNet(ResNet):
     def _projection(self, in_planes: int, out_planes: int, stride: int) -> nn.Module:
         return conv1x1(in_planes, out_planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
 
         stages = self._stages()
