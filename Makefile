@@ -3,7 +3,7 @@ PYTHON ?= python
 .PHONY: install lint format test bench aot gpu
 
 install:  ## editable, with everything a contributor needs
-	$(PYTHON) -m pip install -e ".[test,bench,demo]" ruff clang-format
+	$(PYTHON) -m pip install -e ".[test,bench,train,demo]" ruff clang-format
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -25,5 +25,5 @@ aot:  ## compile every kernel's configurations for GPUs that need not be there
 	$(PYTHON) tests/aot.py
 	$(PYTHON) tests/aot_cuda.py 8.0 9.0a
 
-gpu:  ## build, test and measure on this machine's GPU; results into benchmarks/results or $$OUT
+gpu:  ## build, test and measure on a GPU: SUITE=all, models, autotune or training; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

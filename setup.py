@@ -24,8 +24,8 @@ def cuda_extension(toolkit: Path) -> dict:
         raise RuntimeError(f"torch {torch.__version__} has no CUDA: build beside a CUDA build of torch")
     targets = backend.gencode(backend.arch_list(os.environ, backend.visible_capabilities()))
     families = sorted(backend.conv_families(targets))
-    convolutions = [path for family in families for path in sorted(ROOT.glob(f"csrc/conv_bn_act/{family}_*.cu"))]
-    sources = ["module.cpp", "batch_norm_act.cu", "conv_bn_act.cu"]
+    patterns = ("*.cu", *(f"conv_bn_act/{family}_*.cu" for family in families))
+    kernels = [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
     defines = [*DEFINES, *(f"-DRESNET_FUSED_{family.upper()}" for family in families)]
     cutlass = [flag for path in backend.cutlass_includes() for flag in ("-isystem", path)]
     cxx = [*defines, "-O2", "-fvisibility=hidden", f'-DRESNET_FUSED_ARCHS="{",".join(targets)}"']
@@ -38,7 +38,7 @@ def cuda_extension(toolkit: Path) -> dict:
         nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
     extension = CUDAExtension(
         "resnet_fused._C",
-        [*(f"csrc/{name}" for name in sources), *(str(path.relative_to(ROOT)) for path in convolutions)],
+        ["csrc/module.cpp", *(str(path.relative_to(ROOT)) for path in kernels)],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.[ch]*"))],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
     )

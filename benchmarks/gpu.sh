@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a GPU machine in under 9 minutes; needs no network.
+# Builds, tests and measures on a GPU machine, each SUITE in under 9 minutes; needs no network.
 # JSON goes into $OUT, by default benchmarks/results. The exit status is 1 where a part failed.
 set -u
 cd "$(dirname "$0")/.."
+suite=${SUITE:-all}
 out=$(realpath -m "${OUT:-benchmarks/results}")
 python=${PYTHON:-python}
 mkdir -p "$out"
@@ -24,17 +25,41 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   echo "gpu.sh: PyTorch sees no CUDA device here" >&2
   exit 2
 fi
-if command -v nvcc >/dev/null; then
+if [[ $suite != autotune ]] && command -v nvcc >/dev/null; then
   RESNET_FUSED_FORCE_CUDA=1 part build 120 "$python" -m pip install --no-build-isolation --no-deps -q -e .
 fi
-part tests 150 "$python" -m pytest -q -m gpu
-part ops 80 "$python" benchmarks/ops.py --dtypes float16 --out "$out"
-part resnet 110 "$python" benchmarks/resnet.py --dtypes float16 --batches 256 1 --out "$out"
-part training 75 "$python" benchmarks/resnet.py --suite training --dtypes float16 --batches 64 --out "$out"
+resnet=("$python" benchmarks/resnet.py --out "$out")
+graphs=(torchvision-nhwc+graph torchvision-compile+graph resnet_fused+graph)
+case $suite in
+  all)
+    part tests 140 "$python" -m pytest -q -m gpu -n 0
+    part ops 60 "$python" benchmarks/ops.py --dtypes float16 --out "$out"
+    part roofline 40 "$python" benchmarks/roofline.py --out "$out"
+    part roofline-training 40 "$python" benchmarks/roofline.py --suite training --out "$out"
+    part resnet 70 "${resnet[@]}" --dtypes float16 --batches 256 1
+    part training 60 "${resnet[@]}" --suite training --dtypes float16 --batches 64
+    ;;
+  models)
+    part models 400 "${resnet[@]}" --models resnet50 resnet18 --dtypes float16 --batches 1 32 256 --rounds 7 \
+      --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused-{triton,cudnn,cuda} "${graphs[@]}"
+    ;;
+  autotune)
+    part autotune 530 "${resnet[@]}" --dtypes float16 --batches 256 --rounds 7 \
+      --variants torchvision-nhwc torchvision-max-autotune resnet_fused resnet_fused+graph
+    ;;
+  training)
+    part training 400 "${resnet[@]}" --suite training --dtypes bfloat16 float16 --batches 64 256 --rounds 5 \
+      --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused+{activations,blocks}
+    ;;
+  *)
+    echo "gpu.sh: SUITE must be all, models, autotune or training, got $suite" >&2
+    exit 2
+    ;;
+esac
 
 {
   echo "{"
   (IFS=$'\n'; echo "${parts[*]}" | sed '$!s/$/,/')
   echo "}"
-} >"$out/gpu.json"
+} >"$out/gpu-$suite.json"
 exit $failed

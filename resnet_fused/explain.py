@@ -12,7 +12,7 @@ from . import _registry, layers
 class Row:
     """One step of a block, or one module outside the steps."""
 
-    layer: str  # the convolution's name in the model
+    layer: str  # the convolution's name in the model; the BN's in a step without one
     modules: str  # what the step is made of, e.g. "Conv2d + BatchNorm2d + add + ReLU"
     ran: list[str] = field(default_factory=list)  # e.g. ["conv_bn_act: triton"]
     why: list[str] = field(default_factory=list)  # why not something faster
@@ -32,12 +32,12 @@ class _Explainer:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.device = device
-        self.rows: dict[nn.Module, Row] = {}  # by convolution, or the module that stands in its place
+        self.rows: dict[nn.Module, Row] = {}  # by convolution or BN, or the module that stands in its place
         self.seen: set[nn.Module] = set()
         self.open: list[Row] = []
 
-    def begin(self, step: layers.Step, unfusable: str | None) -> None:
-        row = self._row(step, add=step.addend is not None)
+    def begin(self, step: layers.Step, unfusable: str | None, takes_over: bool = False) -> None:
+        row = self._row(step, add=step.addend is not None, takes_over=takes_over)
         self.open.append(row)
         if not _registry.fuses(self.device):
             row.ran = ["eager"]
@@ -58,6 +58,8 @@ class _Explainer:
         self._row(inner).ran = [f"in {self.open[-1].layer}'s pass"]
 
     def served(self, op: str, choice: _registry.Choice, args: tuple) -> None:
+        if not self.open:  # an operator that a module calls by itself
+            return
         row = self.open[-1]
         ran = f"{'batch_norm_act' if op.startswith('batch_norm_act') else op}: {choice.backend}"  # in several operators
         row.ran += [ran] if ran not in row.ran else []
@@ -67,13 +69,16 @@ class _Explainer:
         kind = type(module).__name__
         self.rows[module] = Row(self.names[module], kind, ["PyTorch"], [f"no fused kernel replaces {kind}"])
 
-    def _row(self, step: layers.Step, add: bool = False) -> Row:
-        parts = [type(step.conv).__name__, type(step.bn).__name__, *["add"] * add]
-        parts += [] if step.act is None else [type(step.act).__name__]
-        row = Row(self.names.get(step.conv, "?"), " + ".join(parts))
-        self.rows[step.conv] = row
-        for module in (step.conv, step.bn, step.act):
-            self.seen.update(module.modules() if module is not None else ())
+    def _row(self, step: layers.Step, add: bool = False, takes_over: bool = False) -> Row:
+        """takes_over: the BN adds what the block before it left unadded."""
+        of = {m: type(m).__name__ for m in (step.conv, step.bn, step.act) if m is not None}
+        parts = ["add"] * takes_over + [of[m] for m in (step.conv, step.bn) if m in of] + ["add"] * add
+        parts += [of[step.act]] if step.act is not None else []
+        key = step.bn if step.conv is None else step.conv
+        row = Row(self.names.get(key, "?"), " + ".join(parts))
+        self.rows[key] = row
+        for module in of:
+            self.seen.update(module.modules())
         return row
 
 
@@ -87,12 +92,13 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         model: any model of this package.
         x: [N, 3, H, W], on the model's device.
     """
+    model = getattr(model, "_orig_mod", model)  # a compiled one makes the same choices, but only while it is traced
     buffers = [(b, b.clone()) for b in model.buffers()]
     explainer = _Explainer(model, x.device)
     previous = layers.explainer, _registry.listener
     layers.explainer, _registry.listener = explainer, explainer.served
     try:
-        model(x)
+        model._call_impl(x)  # hooks too, without what model.compile() made
     finally:
         layers.explainer, _registry.listener = previous
         with torch.no_grad():

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import resnet_fused
 from resnet_fused import bench, models
 from resnet_fused.bench import cases, engine, timing
+from resnet_fused.models.resnet import BasicBlock
 
 SMALL = dict(model="resnet18", batch=2, image_size=64, device="cpu", rounds=2)
 CPU = torch.device("cpu")
@@ -201,6 +203,16 @@ def test_train_step_under_autocast(timed):
     assert by_name(report)["resnet_fused"].error > 1e-3, "autocast was off"
 
 
+def test_variants_of_one_suite_or_one_device_say_so(timed):
+    names = ["torchvision-nhwc", "resnet_fused+graph", "resnet_fused+blocks"]
+    results = by_name(bench.run(**SMALL, variants=names))
+    assert [r.status for r in results.values()] == ["measured", "unavailable", "unavailable"]
+    assert "need a CUDA device" in results["resnet_fused+graph"].reason
+    results = by_name(bench.run(variants=names, **TRAINING))
+    assert [r.status for r in results.values()] == ["measured", "unavailable", "measured"]
+    assert timed == ["torchvision-nhwc", "torchvision-nhwc", "resnet_fused+blocks"]
+
+
 class WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits):
@@ -351,7 +363,8 @@ cases = "bn-two-bn-join-float32-eager or conv-1x1-join-float32-eager"
 options = ["-k", cases, "--benchmark-only", "--benchmark-json={path}", "-pno:cacheprovider"]
 sys.exit(pytest.main([{str(folder)!r}, *options]))
 """
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join([str(folder.parent), *sys.path]))
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env = dict(alone, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join([str(folder.parent), *sys.path]))
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120
     )
@@ -363,3 +376,35 @@ sys.exit(pytest.main([{str(folder)!r}, *options]))
     assert (info["case"], info["ratio_to_eager"]) == ("bn-two-bn-join", 1)
     assert info["bytes"] == 3 * 2 * 64 * 14 * 14 * 4
     assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["microseconds"] / 1e3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same program runs on the GPU with make gpu")
+def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ comes with the sources only")
+    monkeypatch.syspath_prepend(str(folder))
+    roofline = pytest.importorskip("roofline")
+    monkeypatch.setattr(roofline, "milliseconds", lambda call, device: call() is None or 1.0)
+    monkeypatch.setattr(roofline, "backends", lambda device: ["cudnn", "triton"])
+    monkeypatch.setattr(
+        roofline.bench, "time_rounds", lambda calls, *a, **k: {n: [f() is None or 2.0] for n, f in calls.items()}
+    )
+    model = models.ResNet(BasicBlock, [2, 1, 1, 1])
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
+    x = torch.randn(1, 3, 32, 32)
+    with resnet_fused.backend("triton"):
+        found = roofline.measure("inference", model, x)["calls"]
+        assert sum(row["layers"] for row in found) == 8
+        stem = found[0]
+        moved = 4 * (3 * 32 * 32 + 64 * 3 * 49 + 4 * 64 + 64 * 16 * 16)
+        assert stem["best"] == "triton" and stem["gb_per_s"] == pytest.approx(moved / 1e6)
+        assert stem["tflop_per_s"] == pytest.approx(2 * 64 * 16 * 16 * 3 * 49 / 1e9)
+        training = roofline.measure("training", model, x.expand(2, -1, -1, -1))
+    layers = {row["op"]: 0 for row in training["calls"]}
+    for row in training["calls"]:
+        layers[row["op"]] += row["layers"]
+    assert list(layers.values()) == [8, 7, 7, 7]  # a shortcut joins in the block's end
+    joins = [(row["residual"], row["residual_bn"]) for row in training["against_pytorch"]]
+    assert (True, True) in joins and (True, False) in joins and (False, False) in joins
+    assert "all layers:" in capsys.readouterr().out

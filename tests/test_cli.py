@@ -16,7 +16,7 @@ from skimage import data
 import resnet_fused
 from resnet_fused import _registry, bench, cli
 from resnet_fused.cli import main
-from resnet_fused.fetch import FetchError, fetch
+from resnet_fused.fetch import fetch
 from resnet_fused.models import resnet18
 
 
@@ -77,14 +77,6 @@ def no_network(empty_caches, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", urlopen)
     monkeypatch.setenv("PATH", "")
     return empty_caches
-
-
-@pytest.fixture(scope="module")
-def msra():
-    try:
-        return fetch("resnet50-msra")
-    except (FetchError, OSError) as error:
-        pytest.skip(f"the MSRA weights are not in the cache and can't be fetched: {error}")
 
 
 # predict

@@ -196,7 +196,7 @@ def test_the_backend_is_checked_launched_and_tuned(on_cpu, monkeypatch):
     case = next(c for c in testing.CASES if c.id == "conv-3x3-join")
     testing.check(case, dtype=torch.float16, layout="strided")
     assert on_cpu == [(64, 64, 1)] * 2  # the self-check's launch, then the call's
-    model = nn.Sequential(resnet_fused.models.resnet.BasicBlock(64, 64).eval().bfloat16())
+    model = nn.Sequential(resnet_fused.models.resnet.BasicBlock(64, 64)).eval().bfloat16()
     with torch.no_grad():
         rows = explain(model, X)
     assert [row.ran for row in rows] == [["conv_bn_act: cuda"]] * 2

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import skimage.data
 import torch
+import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 
 import resnet_fused
-from resnet_fused import _store, _tuned, explain, tune
+from resnet_fused import _cudnn, _onednn, _registry, _store, _tuned, explain, tune
 from resnet_fused.models import get_model
 from resnet_fused.ops._numerics import largest
 from resnet_fused.ops.conv_bn_act import backends
@@ -58,6 +61,19 @@ def test_models_against_torchvision(name):
             y = ours(X)
         expected, exact = theirs(X), theirs.double()(X.double())
     assert largest(y.double() - exact) <= 2 * largest(expected.double() - exact) + 2**-24 * largest(exact)
+
+
+def test_a_real_photograph_keeps_its_classes(msra):
+    model = get_model("resnet50", weights="MSRA").eval()
+    preprocess = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=160, resize_size=183)
+    x = preprocess(Image.fromarray(skimage.data.chelsea())).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(x).softmax(1)
+        with resnet_fused.backend("triton"):
+            probabilities = model(x).softmax(1)
+    assert expected.argmax() == 285 and expected.max() > 0.5  # Egyptian cat
+    assert torch.equal(probabilities.topk(5).indices, expected.topk(5).indices)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-3)
 
 
 def test_resnet50_takes_57_launches_at_most(launches):
@@ -166,9 +182,11 @@ def test_tuned_entries_are_not_trusted_blindly(own_store, small):
         found = tune(ours, x, lambda launch: 1.0)
         (path,) = own_store.glob("tuned-*.json")
         content = json.loads(path.read_text())
-        for i, key in enumerate(found):
-            wrong = [None, 3, {"backend": "none", "config": None}, {"backend": "triton"}]
-            content["entries"][key] = wrong[i % 4]
+        wrong = [3, {"backend": "none", "config": None}, {"backend": ["triton"], "config": None}, {"backend": "triton"}]
+        tiles = [[1], "x", {}, {"BLOCK_M": 3}, found[next(iter(found))]["config"] | {"BLOCK_M": 48}]
+        wrong += [{"backend": "triton", "config": tile} for tile in tiles]
+        content["entries"] = dict(zip(found, wrong, strict=False))
+        assert len(found) >= len(wrong)
         path.write_text(json.dumps(content))
         _tuned.forget()
         assert_close(ours, theirs, x)
@@ -179,6 +197,9 @@ def test_tune_says_what_it_needs():
     with pytest.raises(ValueError, match="x must be on a CUDA device to be timed, got cpu"):
         tune(ours, X)
     with pytest.raises(ValueError, match="nothing is fused on cpu under backend 'auto'"):
+        tune(ours, X, lambda launch: 1.0)
+    ours.layer1[0].bn1.train()
+    with pytest.raises(ValueError, match="model must be in eval mode to be tuned"), resnet_fused.backend("triton"):
         tune(ours, X, lambda launch: 1.0)
 
 
@@ -207,3 +228,39 @@ def test_fold(dtype):
         assert w.dtype == b.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last)
         assert largest(w.double() - weight.double() * scale[:, None, None, None]) <= eps * largest(w)
         assert largest(b.double() - shift) <= eps * largest(b) + 1e-6
+
+
+def test_forced_cudnn_serves_whole_models(monkeypatch, small):
+    """cuDNN's two operators are played by PyTorch's CPU convolution, the fold by oneDNN's."""
+
+    def conv_relu(x, w, b, *geometry):
+        return F.conv2d(x, w, b, *geometry).relu()
+
+    def conv_add_relu(x, w, z, alpha, b, *geometry):
+        return (F.conv2d(x, w, b, *geometry) + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+    monkeypatch.setattr(_cudnn, "fold", _onednn._fold)
+    monkeypatch.setitem(_registry._UNAVAILABLE, "cudnn", lambda *device: None)
+    ours, theirs, x = small
+    with resnet_fused.backend("cudnn"):
+        assert_close(ours, theirs, x)
+        with torch.no_grad():
+            rows = [r for r in explain(ours, x) if "BatchNorm2d" in r.modules]
+    for row in rows:
+        assert row.ran == ["conv_bn_act: cudnn"]
+        assert ("cudnn in one kernel: cuDNN fuses a convolution only with a ReLU" in str(row.why)) == (
+            "downsample" in row.layer
+        )
+    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
+    with torch.no_grad():
+        assert {r.layer: r.ran for r in explain(ours, x)}["layer2.0.downsample.0"] == ["conv_bn_act: triton"]
+
+
+@pytest.mark.parametrize("residual", [None, torch.randn(1, 8, 5, 5)])
+def test_cudnn_without_relu(residual):
+    x, weight, bias = torch.randn(1, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.randn(8)
+    y = _cudnn.conv_bn_act(x, weight, bias, *[None] * 4, 1e-5, [1, 1], [1, 1], [1, 1], 1, residual, False)
+    expected = F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(y, expected if residual is None else expected + residual)

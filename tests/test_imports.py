@@ -11,8 +11,9 @@ PACKAGE = Path(resnet_fused.__file__).parent
 RANKS = [
     {"__main__"},
     {"cli"},
-    {"bench", "__init__"},
-    {"testing", "explain", "graphs", "tune"},
+    {"bench", "train", "__init__"},
+    {"testing", "explain", "tune"},
+    {"graphs"},
     {"models"},
     {"layers"},
     {"ops"},

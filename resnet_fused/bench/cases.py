@@ -13,11 +13,30 @@ from torch import Tensor, nn
 
 from .. import _registry, models
 from ..explain import explain
+from ..graphs import graphed
 from .report import Result
 from .timing import peak_mib
 
 TORCHVISION = ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
-VARIANTS = (*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in _registry.BACKENDS))
+COMPILED = {
+    "torchvision-compile": {},
+    "torchvision-compile+graph": {"mode": "reduce-overhead"},
+    "torchvision-max-autotune": {
+        "options": {
+            "max_autotune": True,
+            "coordinate_descent_tuning": True,
+            "triton.cudagraphs": True,
+            "freezing": True,
+        }
+    },
+}
+GRAPHED = ("torchvision-nhwc+graph", "torchvision-compile+graph", "resnet_fused+graph")
+INFERENCE_ONLY = (*GRAPHED, "torchvision-max-autotune")
+TRAINING_ONLY = ("resnet_fused+activations", "resnet_fused+blocks")  # what `recompute` leaves out
+VARIANTS = (
+    *(*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in _registry.BACKENDS)),
+    *(*INFERENCE_ONLY, *TRAINING_ONLY),
+)
 
 
 class Case:
@@ -47,9 +66,15 @@ class Case:
         held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         try:
             net, x = self._build(name), self.inputs[result.layout]
-            if name == "torchvision-compile":
+            if name in (INFERENCE_ONLY if self.trains else TRAINING_ONLY):
+                raise _registry.BackendUnavailable(f"the suite {'training' if self.trains else 'inference'} has none")
+            if name in GRAPHED and self.device.type != "cuda":
+                raise _registry.BackendUnavailable(f"CUDA graphs need a CUDA device, this is {self.device}")
+            if name in COMPILED:
                 torch.compiler.reset()  # a size seen before would make the graph dynamic
-                net = torch.compile(net, dynamic=False)
+                net = torch.compile(net, dynamic=False, **COMPILED[name])
+            elif name in GRAPHED:
+                net = graphed(net, x)
             call = self._call(net, x, backend)
             with self.grad_mode():
                 found = self._results(net, call())
@@ -57,11 +82,11 @@ class Case:
                 result.bit_identical = all(map(torch.equal, found, self.nhwc))
                 del found  # gradients
                 result.peak_mib = peak_mib(call, held, self.device)
-                if name.startswith("resnet_fused"):
+                if isinstance(net, nn.Module) and name.startswith("resnet_fused"):
                     with _registry.backend(backend), self.autocast():
                         result.ran = dict(Counter(entry for row in explain(net, x) for entry in row.ran))
         except Exception as error:  # whatever stops one variant, the others are still measured
-            absent = isinstance(error, _registry.BackendUnavailable) or name == "torchvision-compile"
+            absent = isinstance(error, _registry.BackendUnavailable) or name in COMPILED
             result.status = "unavailable" if absent else "failed"
             result.reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return result, None
@@ -73,10 +98,11 @@ class Case:
 
     def _build(self, name: str) -> nn.Module:
         library = models if name.startswith("resnet_fused") else self.torchvision.models
-        net = library.get_model(self.model, weights=None)
+        options = {"recompute": name.partition("+")[2]} if name in TRAINING_ONLY else {}
+        net = library.get_model(self.model, weights=None, **options)
         net.load_state_dict(self.state)
         net = net.train(self.trains).to(self.device, self.stored)
-        return net.to(memory_format=torch.channels_last) if name in TORCHVISION[1:] else net
+        return net.to(memory_format=torch.channels_last) if library is not models and name != TORCHVISION[0] else net
 
 
 class Inference(Case):

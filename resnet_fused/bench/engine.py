@@ -8,7 +8,8 @@ from types import ModuleType
 
 import torch
 
-from .. import _registry, models
+from .. import _registry
+from ..models.weights import TORCHVISION_ENUMS
 from ..ops.batch_norm_act import supported
 from .cases import SUITES, TORCHVISION, VARIANTS
 from .report import Report, conditions
@@ -24,7 +25,7 @@ def default_variants(device: torch.device, suite: str = "inference") -> tuple[st
         backends = [name for name in backends if name not in ("eager", "triton")]
     if suite == "training":
         image = torch.empty(1, 3, 1, 1, device="meta")
-        backends = [name for name in backends if name == "eager" or supported(name, image, (), trains=True) is None]
+        backends = [name for name in backends if name == "eager" or supported(name, image, ()) is None]
     return (*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in backends))
 
 
@@ -48,7 +49,7 @@ def run(
     must give torchvision's channels_last bits.
 
     Args:
-        model: a name of `resnet_fused.models.list_models()`.
+        model: a name that torchvision knows too, e.g. "resnet50".
         batch: images a call; by default 8 on the CPU and 128 on a GPU.
         dtype: "float32", "float16" or "bfloat16"; by default float32 on the CPU and float16 on a GPU. Training in
             half precision is autocast over float32 weights, in float16 on a GPU with a GradScaler.
@@ -73,7 +74,7 @@ def run(
     if not names:
         raise ValueError("variants must name at least one")
     baseline = baseline if baseline is not None else names[0]
-    _one_of("model", [model], models.list_models())
+    _one_of("model", [model], list(TORCHVISION_ENUMS))
     _one_of("dtype", [dtype], DTYPES)
     _one_of("variants", names, VARIANTS)
     _one_of("baseline", [baseline], names)

@@ -4,10 +4,38 @@ from typing import Any
 
 from torch import nn
 
+from .blocks import BasicBlock, Bottleneck
+from .cifar import (
+    cifar_plain20,
+    cifar_plain32,
+    cifar_plain44,
+    cifar_plain56,
+    cifar_plain110,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+    cifar_resnet1202,
+)
+from .preact import (
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActResNet,
+    cifar_preact_resnet110,
+    cifar_preact_resnet164,
+    cifar_preact_resnet1001,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+    preact_resnet200,
+)
 from .resnet import (
-    BasicBlock,
-    Bottleneck,
     ResNet,
+    plain18,
+    plain34,
     resnet18,
     resnet34,
     resnet50,
@@ -34,10 +62,43 @@ _BUILDERS = {
         resnext101_64x4d,
         wide_resnet50_2,
         wide_resnet101_2,
+        plain18,
+        plain34,
+        cifar_resnet20,
+        cifar_resnet32,
+        cifar_resnet44,
+        cifar_resnet56,
+        cifar_resnet110,
+        cifar_resnet1202,
+        cifar_plain20,
+        cifar_plain32,
+        cifar_plain44,
+        cifar_plain56,
+        cifar_plain110,
+        preact_resnet18,
+        preact_resnet34,
+        preact_resnet50,
+        preact_resnet101,
+        preact_resnet152,
+        preact_resnet200,
+        cifar_preact_resnet110,
+        cifar_preact_resnet164,
+        cifar_preact_resnet1001,
     )
 }
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet", "get_model", "list_models", "load_weights", *_BUILDERS]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "ResNet",
+    "get_model",
+    "list_models",
+    "load_weights",
+    *_BUILDERS,
+]
 
 
 def list_models() -> list[str]:

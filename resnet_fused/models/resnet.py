@@ -1,127 +1,25 @@
-"""ResNet v1, ResNeXt and wide ResNet with torchvision's names, parameters and state_dict keys.
+"""ResNet v1, ResNeXt and wide ResNet with torchvision's names, parameters and state_dict keys; the plain networks.
 
 He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385;
 Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", https://arxiv.org/abs/1611.05431;
 Zagoruyko and Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146.
 """
 
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import INPUT, Recompute, Step, run
+from ..layers import PadShortcut, Recompute, Step, run
+from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .weights import WeightsArg, load_state_dict, resolve
 
 torch.fx.wrap("run")
 
-
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """3x3 convolution with padding, [N, in_planes, H, W] -> [N, out_planes, H / stride, W / stride]."""
-    return nn.Conv2d(
-        in_planes,
-        out_planes,
-        kernel_size=3,
-        stride=stride,
-        padding=dilation,
-        groups=groups,
-        bias=False,
-        dilation=dilation,
-    )
-
-
-def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution, [N, in_planes, H, W] -> [N, out_planes, H / stride, W / stride]."""
-    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and ResNet-34."""
-
-    expansion = 1
-    recompute: Recompute = None
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        stride_in_1x1: bool = False,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        if groups != 1 or base_width != 64:
-            raise ValueError(f"BasicBlock takes groups=1, base_width=64, got groups={groups}, base_width={base_width}")
-        if dilation > 1:
-            raise NotImplementedError(f"BasicBlock takes dilation=1, got {dilation}")
-        if stride_in_1x1:
-            raise ValueError("stride_in_1x1=True concerns Bottleneck blocks: a BasicBlock has no 1x1 convolution")
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(planes, planes)
-        self.bn2 = norm_layer(planes)
-        self.downsample = downsample
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run(
-            x,
-            Step(self.conv1, self.bn1, self.relu),
-            Step(self.conv2, self.bn2, self.relu, INPUT if self.downsample is None else self.downsample),
-            recompute=self.recompute,
-        )
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper.
-
-    The stride lies on the 3x3, as in torchvision ("v1.5"); `stride_in_1x1` puts it on the first 1x1, as in the paper.
-    """
-
-    expansion = 4
-    recompute: Recompute = None
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        stride_in_1x1: bool = False,
-    ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64.0)) * groups
-        stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = conv1x1(inplanes, width, stride1)
-        self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride2, groups, dilation)
-        self.bn2 = norm_layer(width)
-        self.conv3 = conv1x1(width, planes * self.expansion)
-        self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run(
-            x,
-            Step(self.conv1, self.bn1, self.relu),
-            Step(self.conv2, self.bn2, self.relu),
-            Step(self.conv3, self.bn3, self.relu, INPUT if self.downsample is None else self.downsample),
-            recompute=self.recompute,
-        )
+Stem = Literal["imagenet", "cifar"]
+Shortcut = Literal["A", "B", "C"] | None
 
 
 class ResNet(nn.Module):
@@ -129,12 +27,16 @@ class ResNet(nn.Module):
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
-        layers: number of blocks in each of the four stages.
+        layers: number of blocks in each stage.
         num_classes: outputs of the last linear layer.
         zero_init_residual: start every residual branch at zero (https://arxiv.org/abs/1706.02677).
         groups, width_per_group: cardinality and width of the 3x3 convolutions (ResNeXt, wide ResNet).
-        replace_stride_with_dilation: three flags; where true, a stage dilates instead of striding.
+        replace_stride_with_dilation: a flag for every stage but the first; where true, it dilates instead of striding.
         norm_layer: constructor of the normalisation, `nn.BatchNorm2d` by default; it and SyncBatchNorm are fused.
+        stem: "imagenet", a 7x7 convolution of stride 2 and max pooling; "cifar", a 3x3 convolution of stride 1.
+        shortcut: where a stage changes the shape, the paper's option "A", subsampling and zeros for the new channels,
+            or "B", a projection; "C", projections in every block; None, no shortcuts at all: a plain network.
+        widths: of the 3x3 convolutions, stage by stage; the first is the stem's too.
         stride_in_1x1: put a stage's stride on the first 1x1 convolution, as in the paper (v1), not on the 3x3 (v1.5).
         recompute: what the backward pass computes again instead of keeping; see `set_recompute`.
         channels_last: keep the convolutions' weights in channels_last; False leaves them contiguous, for FSDP2, LBFGS
@@ -145,7 +47,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock | Bottleneck],
+        block: type[Block],
         layers: list[int],
         num_classes: int = 1000,
         zero_init_residual: bool = False,
@@ -154,30 +56,44 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: list[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
+        stem: Stem = "imagenet",
+        shortcut: Shortcut = "B",
+        widths: Sequence[int] = (64, 128, 256, 512),
         stride_in_1x1: bool = False,
         recompute: Recompute = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
+        if len(layers) != len(widths):
+            raise ValueError(f"layers must have {len(widths)} elements, as many as widths, got {layers}")
+        dilate = replace_stride_with_dilation or [False] * (len(layers) - 1)
+        if len(dilate) != len(layers) - 1:
+            raise ValueError(
+                f"replace_stride_with_dilation must be None or have {len(layers) - 1} elements, got {dilate}"
+            )
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f'stem must be "imagenet" or "cifar", got {stem!r}')
+        if shortcut not in ("A", "B", "C", None):
+            raise ValueError(f'shortcut must be "A", "B", "C" or None, got {shortcut!r}')
+        if zero_init_residual and shortcut is None:
+            raise ValueError("zero_init_residual=True needs shortcuts: without them nothing but zeros would be left")
         self._norm_layer = norm_layer or nn.BatchNorm2d
-        self.inplanes = 64
+        self.inplanes = widths[0]
         self.dilation = 1
-        dilate = [False, False, False] if replace_stride_with_dilation is None else replace_stride_with_dilation
-        if len(dilate) != 3:
-            raise ValueError(f"replace_stride_with_dilation must be None or have 3 elements, got {dilate}")
         self.groups = groups
         self.base_width = width_per_group
+        self.shortcut = shortcut
         self.stride_in_1x1 = stride_in_1x1
-        self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = conv3x3(3, self.inplanes)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = self._make_layer(block, 64, layers[0])
-        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
-        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
-        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem == "imagenet" else None
+        self._add_stages(block, layers, widths, dilate)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self.fc = nn.Linear(widths[-1] * block.expansion, num_classes)
 
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -204,6 +120,7 @@ class ResNet(nn.Module):
         None: nothing. "activations": the outputs of BN + ReLU inside the blocks and in the stem, from the convolutions'
         outputs. "blocks": everything but the blocks' inputs. Gradients are the same to rounding; running statistics,
         `num_batches_tracked` and collectives are those of None. Compiled models decide for themselves what they keep.
+        A block with a module that is not fused (see `explain`) keeps what torchvision's would.
 
         Raises:
             ValueError: another value.
@@ -212,61 +129,107 @@ class ResNet(nn.Module):
             raise ValueError(f'recompute must be None, "activations" or "blocks", got {recompute!r}')
         self.recompute = recompute
         for m in self.modules():
-            if isinstance(m, (BasicBlock, Bottleneck)):
+            if isinstance(m, Block):
                 m.recompute = recompute
 
+    def _add_stages(self, block: type[Block], layers: list[int], widths: Sequence[int], dilate: list[bool]) -> None:
+        self.stages = len(layers)
+        for i, (blocks, width) in enumerate(zip(layers, widths, strict=True)):
+            strided = {} if i == 0 else {"stride": 2, "dilate": dilate[i - 1]}
+            self.add_module(f"layer{i + 1}", self._make_layer(block, width, blocks, **strided))
+
     def _make_layer(
-        self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+        self, block: type[Block], planes: int, blocks: int, stride: int = 1, dilate: bool = False
     ) -> nn.Sequential:
         previous_dilation = self.dilation
         if dilate:
             self.dilation *= stride
             stride = 1
         out_planes = planes * block.expansion
-        downsample = None
-        if stride != 1 or self.inplanes != out_planes:
-            downsample = nn.Sequential(conv1x1(self.inplanes, out_planes, stride), self._norm_layer(out_planes))
+        downsample = self._make_shortcut(self.inplanes, out_planes, stride)
         shared = dict(groups=self.groups, base_width=self.base_width, norm_layer=self._norm_layer)
         v1 = {"stride_in_1x1": True} if self.stride_in_1x1 else {}  # blocks of the user's own need not know it
         first = block(self.inplanes, planes, stride, downsample, dilation=previous_dilation, **v1, **shared)
         self.inplanes = out_planes
-        rest = [block(out_planes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)]
-        return nn.Sequential(first, *rest)
+        stage = nn.Sequential(first)
+        for _ in range(1, blocks):
+            downsample = self._make_shortcut(out_planes, out_planes, 1)
+            stage.append(block(out_planes, planes, downsample=downsample, dilation=self.dilation, **shared))
+        if self.shortcut is None:
+            for m in stage:
+                m.residual = False
+        return stage
+
+    def _make_shortcut(self, in_planes: int, out_planes: int, stride: int) -> nn.Module | None:
+        """What the shortcut goes through, or None."""
+        same = stride == 1 and in_planes == out_planes
+        if self.shortcut is None or (same and self.shortcut != "C"):
+            return None
+        if self.shortcut == "A":
+            return PadShortcut(out_planes, stride)
+        return self._projection(in_planes, out_planes, stride)
+
+    def _stages(self) -> list[nn.Sequential]:
+        return [getattr(self, f"layer{i + 1}") for i in range(self.stages)]
+
+    def _projection(self, in_planes: int, out_planes: int, stride: int) -> nn.Module:
+        return nn.Sequential(conv1x1(in_planes, out_planes, stride), self._norm_layer(out_planes))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if self.recompute is not None:
+            return run(x, Step(self.conv1, self.bn1, self.relu), then=self.maxpool, recompute=self.recompute)
+        x = run(x, Step(self.conv1, self.bn1, self.relu))
+        return x if self.maxpool is None else self.maxpool(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute is None:
-            x = run(x, Step(self.conv1, self.bn1, self.relu))
-            x = self.maxpool(x)
-        else:
-            x = run(x, Step(self.conv1, self.bn1, self.relu), then=self.maxpool, recompute=self.recompute)
+        return self._forward_impl(x)
 
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self._stem(x)
+
+        for stage in self._stages():
+            x = stage(x)
 
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
 
 
-def _resnet(
+def build(
     name: str,
-    block: type[BasicBlock | Bottleneck],
+    network: type[ResNet],
+    block: type[Block],
     layers: list[int],
     weights: WeightsArg,
     progress: bool,
     kwargs: dict[str, Any],
     **fixed: Any,
 ) -> ResNet:
+    """The model of that name: `network(block, layers)` with what its name and its weights ask for."""
     source = resolve(name, weights)
     for key, value in (fixed | (source.model_kwargs if source else {})).items():
         if kwargs.setdefault(key, value) != value:
-            raise ValueError(f"{name} with weights={weights!r} takes {key}={value}, got {key}={kwargs[key]}")
-    model = ResNet(block, layers, **kwargs)
+            given = f" with weights={weights!r}" if source else ""
+            raise ValueError(f"{name}{given} takes {key}={value}, got {key}={kwargs[key]}")
+    model = network(block, layers, **kwargs)
     if source:
         load_state_dict(model, source.state_dict(progress), source=source.name)
     return model
+
+
+def _resnet(
+    name: str,
+    block: type[Block],
+    layers: list[int],
+    weights: WeightsArg,
+    progress: bool,
+    kwargs: dict[str, Any],
+    **fixed: Any,
+) -> ResNet:
+    if weights is None and "pretrained" in kwargs:  # torchvision's builders still take it
+        weights = "IMAGENET1K_V1" if kwargs.pop("pretrained") else None
+        warnings.warn(f"'pretrained' is deprecated; it stands for weights={weights!r}", UserWarning, stacklevel=3)
+    return build(name, ResNet, block, layers, weights, progress, kwargs, **fixed)
 
 
 def resnet18(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
@@ -332,3 +295,13 @@ def wide_resnet50_2(*, weights: WeightsArg = None, progress: bool = True, **kwar
 def wide_resnet101_2(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Wide ResNet-101-2 of https://arxiv.org/abs/1605.07146; arguments and shapes as `resnet18`."""
     return _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, width_per_group=128)
+
+
+def plain18(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """`resnet18` without shortcuts, the plain network of https://arxiv.org/abs/1512.03385; no weights are published."""
+    return _resnet("plain18", BasicBlock, [2, 2, 2, 2], weights, progress, kwargs, shortcut=None)
+
+
+def plain34(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """`resnet34` without shortcuts, the plain network of https://arxiv.org/abs/1512.03385; no weights are published."""
+    return _resnet("plain34", BasicBlock, [3, 4, 6, 3], weights, progress, kwargs, shortcut=None)

@@ -9,6 +9,7 @@ import re
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,14 +40,19 @@ class Source(NamedTuple):
     state_dict: Callable[[bool], dict[str, Tensor]]  # progress -> tensors
 
 
-def torchvision_enum(class_name: str) -> type[enum.Enum]:
-    """torchvision's own weights enum of that name; ImportError with the remedy where torchvision is missing."""
+def torchvision_models(wanted: str = "this") -> ModuleType:
+    """`torchvision.models`; ImportError with the remedy where it is missing."""
     try:
         import torchvision.models
     except (ImportError, OSError, RuntimeError) as error:  # the last two where it was built for another torch
-        message = f"{class_name} is torchvision's, which can't be imported ({error}); pip install torchvision"
+        message = f"{wanted} is torchvision's, which can't be imported ({error}); pip install torchvision"
         raise ImportError(message, name="torchvision") from error
-    return getattr(torchvision.models, class_name)
+    return torchvision.models
+
+
+def torchvision_enum(class_name: str) -> type[enum.Enum]:
+    """torchvision's own weights enum of that name; ImportError with the remedy where torchvision is missing."""
+    return getattr(torchvision_models(class_name), class_name)
 
 
 def resolve(model_name: str | None, weights: WeightsArg) -> Source | None:
@@ -143,6 +149,11 @@ def _first(items: list[str], count: int = 3) -> str:
 
 
 def _unknown(model_name: str | None, weights: Any) -> ValueError:
+    if model_name is not None and model_name not in TORCHVISION_ENUMS:
+        return ValueError(
+            f"weights={weights!r}: none are published for {model_name}; accepted are None, or the path of a "
+            f"{', '.join(_LOCAL)} file"
+        )
     class_name = TORCHVISION_ENUMS.get(model_name, "ResNet50_Weights")
     names = "a full name such as" if model_name is None else "its name such as 'DEFAULT' or"
     msra = ", 'MSRA'" if model_name in (None, "resnet50") else ""
@@ -153,6 +164,8 @@ def _unknown(model_name: str | None, weights: Any) -> ValueError:
 
 
 def _member(model_name: str | None, class_name: str, member: str, weights: Any) -> enum.Enum:
+    if model_name is not None and model_name not in TORCHVISION_ENUMS:
+        raise _unknown(model_name, weights)
     expected = TORCHVISION_ENUMS.get(model_name)
     if expected and class_name != expected:
         raise ValueError(f"weights={weights!r} are of {class_name}; {model_name} takes {expected}")

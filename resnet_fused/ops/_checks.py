@@ -51,5 +51,12 @@ def kernel_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...], uniform: bool) 
     return None
 
 
+def transformed() -> str | None:
+    """Why no kernel may serve under `torch.func`'s grad, vjp, jvp and vmap, or None outside them."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms PyTorch's own operators only"
+    return None
+
+
 def needs_grad(args: tuple[object, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)

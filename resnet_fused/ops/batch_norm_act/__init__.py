@@ -12,6 +12,7 @@ Shapes: x, residual, pre_add and y [N, C, H, W] of one dtype; BN vectors [C] in 
 Dtypes: float16, bfloat16, float32 fused; every other floating dtype eager.
 Layout: the fused kernels run channels_last and return it; eager keeps x's.
 Errors: ValueError naming the argument; BackendUnavailable where a forced backend can't serve the call.
+An infinity in a channel makes the fused kernels' running mean NaN, and infinite in eager; y is NaN in both.
 
 Equivalent to:
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -84,11 +85,13 @@ class _Options(NamedTuple):
 
 
 def _statistics(o: _Options, x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean and variance [C], count [] of the whole batch over every rank, and x + pre_add."""
-    mean, m2, total = (_FUSED if o.fused else _EAGER)[0](x, pre_add)
-    count = torch.full((), x.numel() // x.shape[1], dtype=mean.dtype, device=x.device)
-    if o.group is not None:
-        mean, m2, count = _gather(mean, m2, count, o.group)
+    """mean and variance [C] of the whole batch over every rank, its count [] (None: x's own), and x + pre_add."""
+    fused = o.fused and x.numel() > 0  # a rank may have no images
+    mean, m2, total = (_FUSED if fused else _EAGER)[0](x, pre_add)
+    own = x.numel() // x.shape[1]
+    if o.group is None:
+        return mean, m2 / own, None, total
+    mean, m2, count = _gather(mean, m2, torch.full((), own, dtype=mean.dtype, device=x.device), o.group)
     return mean, m2 / count, count, total
 
 
@@ -179,8 +182,9 @@ def _update(running_mean: Tensor | None, running_var: Tensor | None, mean, var, 
     """nn.BatchNorm2d's: the unbiased variance enters the running one."""
     if running_mean is None or tape.replays:
         return
+    correction = count / (count - 1)
     with torch.no_grad():
-        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        for running, new in ((running_mean, mean), (running_var, var * correction)):
             if running.dtype == new.dtype:
                 running.lerp_(new, momentum)
             else:  # half-precision statistics are rounded once
@@ -244,9 +248,9 @@ def batch_norm_act(
     def serves(name: str) -> str | None:
         if residual_bn is not None and (running_mean is None) != (bn2[2] is None):
             return "one BN has running statistics and the other has none"
-        if x.numel() == 0 and batch_statistics:
+        if x.numel() == 0 and batch_statistics and group is None:
             return "an empty batch has no statistics"
-        return supported(name, x, vectors, trains)
+        return _checks.transformed() or supported(name, x, vectors)
 
     choice = _registry.choose("batch_norm_act", x.device, serves, "batch_norm")
     fused = choice.backend != "eager"
@@ -270,6 +274,7 @@ def batch_norm_act(
     args = (x, weight, bias, running_mean, running_var, residual, *bn2, pre_add, options)
     y, total, mean, var, mean2, var2, count = _BatchNormAct.apply(*args)
     if training:
+        count = x.numel() // x.shape[1] if count is None else count
         _update(running_mean, running_var, mean, var, count, momentum)
         _update(bn2[2], bn2[3], mean2, var2, count, momentum)
     return y if pre_add is None else (y, total)

@@ -15,6 +15,7 @@ if _triton.IMPORT_ERROR is None:
     from ..._triton import conv_bn_act as _triton_kernels
 
 Config = dict[str, Any] | None
+PLANS = 4096  # kept at most
 
 
 def supported(backend: str, args: tuple) -> str | None:
@@ -25,8 +26,8 @@ def supported(backend: str, args: tuple) -> str | None:
     reason = _checks.kernel_dtypes(x, tuple(vectors), uniform=backend == "cuda")
     if reason is None and backend == "onednn":
         return _onednn.unsupported(x.dtype)
-    if reason is None and backend == "cudnn":
-        return _cudnn.unsupported(relu)
+    if reason is None and backend == "cudnn" and not relu and _registry.get_backend() != "cudnn":
+        return _cudnn.WITHOUT_RELU
     if reason is None and backend == "cuda" and not torch.compiler.is_compiling():  # there the operator decides
         return _cuda.conv_unsupported(x, weight, stride, padding, dilation, groups, _allow_tf32(x))
     return reason
@@ -38,7 +39,9 @@ def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
     plan = _plans.get(call)
     if plan is None:
         plan = _plan(reference, args)
-        if plan[0].backend != "eager":  # eager's reason may pass: a check that a capture put off
+        if not _trust.capturing(args[0].device):  # a capture puts checks off
+            if len(_plans) >= PLANS:
+                _plans.clear()
             _plans[call] = plan
     choice, config = plan
     _registry.record("conv_bn_act", choice, args)
@@ -58,7 +61,8 @@ def _metadata(args: tuple) -> tuple:
         *(None if t is None else t.dtype for t in (x, *vectors)),
         *(x.device, x.shape, weight.shape, weight.dtype, *stride, *padding, *dilation, groups),
         _misaligned(args),
-        *(residual is None, relu, _allow_tf32(x), _registry.get_backend(), _tuned.generation, _trust.generation),
+        *(residual is None, relu, _allow_tf32(x), torch.backends.cudnn.enabled, _registry.get_backend()),
+        *(_tuned.generation, _trust.generation),
     )
 
 
@@ -70,7 +74,9 @@ def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choi
         nonlocal config
         reason = supported(name, args) or (_misaligned(args) if name == "cuda" else None)
         if reason is None:
-            config = tuned["config"] if tuned is not None and tuned["backend"] == name else default_config(name, args)
+            config = default_config(name, args)
+            if tuned is not None and tuned["backend"] == name and tuned["config"] in configs(name, args):
+                config = tuned["config"]  # no other: the file may hold anything
         return reason or refused(name, args, config, reference)
 
     tuned = _tuned.lookup(x.device, key(args))
@@ -106,6 +112,8 @@ def key(args: tuple) -> str:
 
 def split_reason(backend: str, args: tuple) -> str | None:
     """Why PyTorch's convolution and one fused pass serve, instead of one kernel; None where one kernel does."""
+    if backend == "cudnn" and not args[-1]:
+        return f"{_cudnn.WITHOUT_RELU}: PyTorch's convolution with folded weights, then the add"
     if backend != "triton":
         return None
     x, weight, *_, stride, padding, dilation, groups, _, _ = args

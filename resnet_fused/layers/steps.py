@@ -1,0 +1,92 @@
+"""Questions about a step's modules: whether they may be fused, which statistics a BN takes, over which processes."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from ..ops.batch_norm_act.tape import tape
+
+INPUT: Literal["input"] = "input"
+
+
+class Step(NamedTuple):
+    """act(bn(conv(x)) + addend); a first step may lack the convolution, a last one BN and activation.
+
+    addend: `INPUT`, the block's input, or a module to send through what the block's first convolution reads.
+    """
+
+    conv: nn.Module | None
+    bn: nn.Module | None = None
+    act: nn.Module | None = None
+    addend: nn.Module | Literal["input"] | None = None
+
+
+def synchronizes(bn: nn.Module | None) -> bool:
+    """SyncBatchNorm in training; nn.SyncBatchNorm itself refuses the CPU, this package's operator serves it too."""
+    return type(bn) is nn.SyncBatchNorm and bn.training
+
+
+def group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes over which the statistics are gathered, or None for this one alone."""
+    if not (synchronizes(bn) and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def batch_statistics(bn: nn.Module) -> bool:
+    return bn.training or bn.running_mean is None
+
+
+def statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that the call uses, as nn.BatchNorm2d decides: not those that are kept but not tracked."""
+    if bn.training and not bn.track_running_stats:
+        return None, None
+    return bn.running_mean, bn.running_var
+
+
+def momentum(bn: nn.Module) -> float:
+    """nn.BatchNorm2d's bookkeeping: counts the batch, and resolves momentum=None to the cumulative average."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not tape.replays:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return momentum
+
+
+def needs_grad(bn: nn.Module) -> bool:
+    return torch.is_grad_enabled() and bn.weight is not None and (bn.weight.requires_grad or bn.bias.requires_grad)
+
+
+def unfusable(step: Step) -> str | None:
+    """Why the step's modules have to be called as they are, or None."""
+    kinds = (
+        ("convolution", step.conv, (nn.Conv2d,)),
+        ("BN", step.bn, (nn.BatchNorm2d, nn.SyncBatchNorm)),
+        ("activation", step.act, (nn.ReLU,)),
+    )
+    for role, module, types in kinds:
+        if module is None:
+            continue
+        if type(module) not in types:
+            return f"the {role} is {type(module).__name__}, not exactly {' or '.join(t.__name__ for t in types)}"
+        reason = called_plainly(module)
+        if reason is not None:
+            return f"the {role} ({type(module).__name__}) {reason}"
+    conv = step.conv
+    if conv is not None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+        return f"the convolution pads by {conv.padding_mode!r}, {conv.padding!r}; numbers of zeros are fused"
+    return None
+
+
+def called_plainly(module: nn.Module) -> str | None:
+    """Why calling the module is more than running its class's forward, or None where it is not."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return "has a forward set on the instance"
+    return "is called under global module hooks" if _module._has_any_global_hook() else None
