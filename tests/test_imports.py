@@ -11,7 +11,7 @@ PACKAGE = Path(resnet_fused.__file__).parent
 RANKS = [
     {"__main__"},
     {"cli"},
-    {"bench", "__init__"},
+    {"bench", "train", "__init__"},
     {"testing", "explain", "graphs", "tune"},
     {"models"},
     {"layers"},

@@ -9,7 +9,6 @@ import re
 import shlex
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .._store import atomic_write
 from .._version import __version__
 
 
@@ -153,16 +153,9 @@ def result_name(task: str, dtype: str, layout: str, device: torch.device) -> str
 
 def write_json(path: Path, content: Any) -> None:
     """Write a whole file or leave what was there."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
 
 
 def _cpu_name() -> str:

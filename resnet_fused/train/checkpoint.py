@@ -1,0 +1,67 @@
+"""A run's checkpoint: one file, replaced whole, from which the run goes on and its model is rebuilt."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import models
+from .._store import atomic_write
+
+NAME = "checkpoint.pt"
+_FORMAT = "resnet_fused run 1"
+
+
+def save(folder: Path, content: dict[str, Any]) -> Path:
+    """Put a checkpoint into the run's folder in the place of the one before.
+
+    Raises:
+        OSError: the disk is full or not writable; the checkpoint before is as it was.
+        FloatingPointError: a weight or a statistic is not finite.
+    """
+    for key, tensor in content["state_dict"].items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{key} is not finite after iteration {content['step']}")
+    buffer = io.BytesIO()  # torch.save itself answers a full disk with an assertion of its zip writer
+    torch.save({"format": _FORMAT, **content}, buffer)
+    with atomic_write(folder / NAME, "wb") as file:
+        file.write(buffer.getbuffer())
+    return folder / NAME
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, from its file or its run's folder.
+
+    Keys: model, model_kwargs, state_dict; mean and std of the images in [0, 1] (tensors [3, 1, 1] or [3, H, W]);
+    classes; step; config, the run's settings; optimizer, schedule, scaler, rng and the last evaluation.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is something else.
+    """
+    path = Path(path)
+    path = path / NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler fails in many ways
+        raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of resnet-fused train")
+    return content
+
+
+def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint, in eval mode on the CPU, and the rest of its content: see `read`.
+
+    Args:
+        path: a checkpoint's file or its run's folder.
+    """
+    meta = read(path)
+    model = models.get_model(meta["model"], **meta["model_kwargs"])
+    model.load_state_dict(meta["state_dict"])
+    return model.eval(), meta

@@ -1,0 +1,111 @@
+"""Data sets by name: CIFAR-10 and synthetic images in memory, folders in ImageNet's layout on disk."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..fetch import cached
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+KINDS = "cifar10, cifar10:FOLDER, imagefolder:FOLDER, synthetic, synthetic:COUNT or synthetic:COUNTxSIZE"
+
+
+class Images(NamedTuple):
+    """A split held in memory."""
+
+    images: Tensor  # uint8 [N, 3, H, W]
+    labels: Tensor  # int64 [N]
+    classes: tuple[str, ...]
+
+
+def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None = None) -> Any:
+    """One split of a data set.
+
+    Args:
+        name: "cifar10", what `resnet-fused fetch cifar10` brought; "cifar10:FOLDER", torchvision's cifar-10-batches-py
+            in that folder; "imagefolder:FOLDER", images as train/CLASS/* and val/CLASS/*; "synthetic:COUNTxSIZE", ten
+            classes of noisy patterns, COUNT training images and a quarter as many test images (default: 4096x32).
+        split: "train" or "test"; an image folder's "test" is its val/.
+        transform: of an image folder: PIL image -> what a sample holds.
+
+    Returns:
+        `Images`, or for an image folder torchvision's `ImageFolder`; both have `classes`.
+
+    Raises:
+        ValueError: another name or split.
+        FileNotFoundError: the data are not there; the message says how to get them.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    kind, _, rest = name.partition(":")
+    if kind == "cifar10":
+        return _cifar10_folder(Path(rest), split) if rest else _cifar10(split)
+    if kind == "imagefolder" and rest:
+        return _image_folder(Path(rest), split, transform)
+    if match := re.fullmatch(r"synthetic(?::(\d+)(?:x(\d+))?)?", name):
+        return _synthetic(int(match[1] or 4096), int(match[2] or 32), split)
+    raise ValueError(f"data must be {KINDS}; got {name!r}")
+
+
+def hold_out(data: Images, count: int) -> tuple[Images, Images]:
+    """The images without `count` that are drawn once and for all, whatever the seed of the run, and those `count`."""
+    if not 0 < count < len(data.labels):
+        raise ValueError(f"holdout must lie between 1 and {len(data.labels) - 1} images, got {count}")
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
+    parts = order[count:].sort().values, order[:count].sort().values
+    return tuple(Images(data.images[part], data.labels[part], data.classes) for part in parts)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] -> float32, scaled to [0, 1], minus mean, over std; both [3, 1, 1] or [3, H, W]."""
+    return (images / 255 - mean) / std
+
+
+def _cifar10(split: str) -> Images:
+    folder = cached("cifar10")
+    if folder is None:
+        raise FileNotFoundError(
+            "CIFAR-10 is not here: run `resnet-fused fetch cifar10`, or name the folder that holds torchvision's "
+            "cifar-10-batches-py by --data cifar10:FOLDER"
+        )
+    content = torch.load(folder / "cifar10.pt", weights_only=True)
+    return Images(content[f"{split}_images"], content[f"{split}_labels"], CIFAR10_CLASSES)
+
+
+def _cifar10_folder(folder: Path, split: str) -> Images:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10(folder, train=split == "train")
+    except RuntimeError as error:  # missing, or another checksum
+        raise FileNotFoundError(f"no whole cifar-10-batches-py lies in {folder}: {error}") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.tensor(data.targets), tuple(data.classes))
+
+
+def _image_folder(folder: Path, split: str, transform: Callable[[Any], Any] | None) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    part = folder / ("train" if split == "train" else "val")
+    if not part.is_dir():
+        raise FileNotFoundError(f"imagefolder:{folder} needs the folders train/CLASS and val/CLASS; there is no {part}")
+    return ImageFolder(str(part), transform)
+
+
+def _synthetic(count: int, size: int, split: str) -> Images:
+    """A coarse pattern for each class under as much noise."""
+    if count < 40 or size < 8:
+        raise ValueError(f"synthetic data take at least 40 images of 8 x 8, got {count} of {size} x {size}")
+    generator = torch.Generator().manual_seed(0)
+    patterns = F.interpolate(torch.randint(0, 128, (10, 3, 4, 4), generator=generator).float(), size=(size, size))
+    if split == "test":
+        count //= 4
+        generator.manual_seed(1)
+    labels = torch.arange(count) % 10
+    noise = torch.randint(0, 128, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Images(patterns.byte()[labels] + noise, labels, tuple(f"pattern {i}" for i in range(10)))

@@ -1,0 +1,249 @@
+"""The training loop: a run that stops at any moment goes on from its last checkpoint with the same numbers."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import _registry, models
+from ..layers import Recompute
+from . import checkpoint, recipes
+from .batches import Batch, make_source
+from .distributed import World, join
+from .logs import Log
+from .recipes import DTYPES, RECIPES, Schedule, Settings
+
+ALONE = World()
+
+
+class Evaluation(NamedTuple):
+    loss: float
+    error: float  # top-1, percent
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], world: World = ALONE) -> Evaluation:
+    """Mean cross-entropy and top-1 error in eval mode, over the batches of all processes; the mode is put back."""
+    training = model.training
+    model.eval()
+    total = None
+    with torch.inference_mode():
+        for x, labels in batches:
+            logits = model(x).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            row = torch.stack((loss, (logits.argmax(1) != labels).sum(), loss.new_tensor(len(labels)))).double()
+            total = row if total is None else total + row
+    model.train(training)
+    loss, wrong, count = world.sum(total).tolist()
+    return Evaluation(loss / count, 100 * wrong / count)
+
+
+def train(
+    settings: Settings,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    backend: str = "auto",
+    compile: bool = False,
+    recompute: Recompute = None,
+    workers: int = 4,
+) -> Evaluation:
+    """Train a network, alone or as one of torchrun's processes, and evaluate it on the test split.
+
+    `out` receives `checkpoint.pt`, `train.csv`, `eval.csv`, `curves.png` and, with TensorBoard installed, its events.
+
+    Args:
+        settings: what decides the numbers.
+        out: the run's folder; made where it is missing.
+        resume: go on from the folder's checkpoint where there is one.
+        backend, compile, recompute, workers: how the numbers are computed and the samples read.
+
+    Raises:
+        ValueError: settings that don't fit each other, the data, or the run that is resumed.
+        FileExistsError: the folder holds a run and `resume` is false.
+        FileNotFoundError: the data are not there.
+        FloatingPointError: the loss or a weight is not finite any more.
+        OSError: the disk is full or not writable.
+    """
+    with join(torch.device(device)) as (world, own_device), _registry.backend(backend):
+        run = _Run(settings, out, world, own_device, workers, compile, recompute)
+        return run(resume)
+
+
+class _Run:
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        world: World,
+        device: torch.device,
+        workers: int,
+        compile: bool,
+        recompute: Recompute,
+    ) -> None:
+        self.settings, self.out, self.world, self.device = settings, out, world, device
+        self.source = make_source(settings, world, device, workers)
+        settings.complete(self.source.count)
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        torch.manual_seed(settings.seed)
+        self.model_kwargs = {"num_classes": len(self.source.classes), **settings.model_kwargs}
+        self.model = models.get_model(settings.model, **self.model_kwargs).train().to(device)
+        self.model.set_recompute(recompute)
+        if settings.sync_bn:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.forward = world.wrap(self.model)
+        if compile:
+            self.forward = torch.compile(self.forward)
+        self.optimizer = recipes.make_optimizer(settings, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
+        patience = recipes.PATIENCE if settings.plateau else None
+        self.schedule = Schedule(self.optimizer, settings.milestones(), patience, self._warms_up())
+        self.step, self.seconds, self.last = 0, 0.0, None
+        self.window: list[Tensor] = []  # [2] each: loss and error of an iteration
+
+    def __call__(self, resume: bool) -> Evaluation:
+        settings = self.settings
+        self._open(resume)
+        if self.step == settings.iterations:
+            return self.last
+        log = Log(self.out, self.step) if self.world.rank == 0 else None
+        bar = tqdm(
+            total=settings.iterations,
+            initial=self.step,
+            desc=settings.model,
+            unit="it",
+            disable=None if self.world.rank == 0 else True,
+        )
+        with bar, contextlib.closing(log) if log else contextlib.nullcontext():
+            started = time.perf_counter()
+            for x, labels in self.source.train(self.step, settings.iterations):
+                self._iterate(x, labels)
+                bar.update()
+                last = self.step == settings.iterations
+                evaluates = last or self.step % settings.eval_every == 0
+                saves = last or self.step % settings.save_every == 0
+                if evaluates or saves or self.step % settings.log_every == 0:
+                    self._flush(log, bar, started)
+                if evaluates:
+                    self._evaluate(log, "test" if last or not settings.holdout else "val")
+                if saves and self.world.rank == 0:
+                    checkpoint.save(self.out, self._state())
+                if not self.window:
+                    started = time.perf_counter()
+        return self.last
+
+    def _iterate(self, x: Tensor, labels: Tensor) -> None:
+        with self._autocast():
+            logits = self.forward(x)
+            loss = F.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.world.average(self.model)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.schedule.iterated(self.step)
+        wrong = (logits.argmax(1) != labels).float().mean()
+        self.window.append(torch.stack((loss.detach().float(), 100 * wrong)))
+
+    def _flush(self, log: Log | None, bar: tqdm, started: float) -> None:
+        """Look at the iterations since the last look: the only place that waits for the device."""
+        rows = (self.world.sum(torch.stack(self.window)) / self.world.size).tolist()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        for step, (loss, _) in enumerate(rows, self.step - len(rows) + 1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at iteration {step}; {self._last_good()}")
+        loss, error = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        lr = self.schedule.lr
+        self.schedule.trained(error)
+        speed = len(rows) * self.settings.batch / seconds
+        bar.set_postfix_str(f"loss {loss:.3f}, error {error:.1f} %, {speed:.0f} img/s")
+        if log is not None:
+            epoch = self.step * self.settings.batch / self.source.count
+            log.train(
+                step=self.step, epoch=round(epoch, 3), lr=lr, loss=loss, error=error, images_per_s=round(speed, 1)
+            )
+        self.window.clear()
+
+    def _evaluate(self, log: Log | None, split: str) -> None:
+        self.world.share_statistics(self.model)
+        with self._autocast():
+            self.last = evaluate(self.model, self.source.evaluation(split), self.world)
+        self.schedule.evaluated(self.last.error)
+        if log is not None:
+            log.eval(step=self.step, split=split, loss=self.last.loss, error=self.last.error)
+            line = f"iteration {self.step}: {split} error {self.last.error:.2f} %, loss {self.last.loss:.3f}"
+            tqdm.write(f"{line}, after {self.seconds:.0f} s of training", file=sys.stderr)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = DTYPES[self.settings.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _warms_up(self) -> bool:
+        if self.settings.warm_up is not None:
+            return self.settings.warm_up
+        depth = sum(isinstance(m, nn.Conv2d) for m in self.model.modules())
+        return depth >= (RECIPES[self.settings.recipe].warm_up_depth or math.inf)
+
+    def _open(self, resume: bool) -> None:
+        """Make the folder, or restore what it holds."""
+        path = self.out / checkpoint.NAME
+        if not path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            return
+        if not resume:
+            raise FileExistsError(f"{self.out} holds a run already; --resume continues it, --out names another folder")
+        content = checkpoint.read(path)
+        config = asdict(self.settings)
+        for key, value in content["config"].items():
+            if config[key] != value:
+                raise ValueError(f"{key} is {config[key]!r}, and {value!r} in {path}: a resumed run keeps its settings")
+        self.model.load_state_dict(content["state_dict"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.step, self.seconds = content["step"], content["seconds"]
+        self.last = content["evaluation"] and Evaluation(*content["evaluation"])
+        torch.set_rng_state(content["rng"]["cpu"])
+        if self.device.type == "cuda" and content["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+
+    def _state(self) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
+        return {
+            "model": self.settings.model,
+            "model_kwargs": self.model_kwargs,
+            "state_dict": self.model.state_dict(),
+            "mean": self.source.mean,
+            "std": self.source.std,
+            "classes": list(self.source.classes),
+            "config": asdict(self.settings),
+            "step": self.step,
+            "seconds": self.seconds,
+            "evaluation": self.last and tuple(self.last),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            },
+        }
+
+    def _last_good(self) -> str:
+        path = self.out / checkpoint.NAME
+        return (
+            f"the last good checkpoint is {path} (iteration {checkpoint.read(path)['step']})"
+            if path.exists()
+            else "there is no checkpoint yet"
+        )
