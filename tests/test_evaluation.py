@@ -1,0 +1,306 @@
+"""resnet-fused eval and analyze: views, scores, errors, and what is measured on layers and blocks."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data as photographs
+from torch import Tensor, nn
+from torchvision.transforms import functional as tvf
+
+from resnet_fused import _registry, models
+from resnet_fused.analysis import ShortcutOnly, gradient_norms, lesions, responses
+from resnet_fused.cli import main
+from resnet_fused.evaluation import (
+    CENTER,
+    SINGLE,
+    TEN_CROPS,
+    Network,
+    Samples,
+    evaluate,
+    fully_convolutional,
+    multi_scale,
+)
+from resnet_fused.evaluation.scores import _Scorer
+from resnet_fused.train import checkpoint, load_model
+from resnet_fused.train.augment import imagenet_eval
+
+CPU = torch.device("cpu")
+CLASSES = tuple(f"pattern {i}" for i in range(10))
+NARROW = {"num_classes": 10, "widths": (8, 8, 8, 8)}
+SMALL = ("--data", "synthetic:60x16", "--device", "cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes the checkpoint of an untrained network whose statistics are those of noise, and returns its file."""
+
+    def saved(name, seed=0, recipe="cifar", classes=CLASSES, **kwargs):
+        torch.manual_seed(seed)
+        model = models.get_model(name, **{"num_classes": len(classes), **kwargs})
+        with torch.no_grad():
+            model.train()(torch.randn(16, 3, 16 if recipe == "cifar" else 64, 16 if recipe == "cifar" else 64))
+        folder = tmp_path / f"{name}-{seed}-{recipe}"
+        folder.mkdir()
+        mean = torch.full((3, 16, 16), 0.5) if recipe == "cifar" else torch.full((3, 1, 1), 0.4)
+        content = {
+            "model": name,
+            "model_kwargs": {"num_classes": len(classes), **kwargs},
+            "state_dict": model.state_dict(),
+            "mean": mean,
+            "std": torch.full((3, 1, 1), 0.2),
+            "classes": list(classes),
+            "config": {"recipe": recipe, "data": "synthetic:60x16"},
+            "step": 1,
+        }
+        return checkpoint.save(folder, content)
+
+    return saved
+
+
+@pytest.fixture
+def output(capsys):
+    def run(*argv):
+        status = main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    def run(*argv):
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        line = err.splitlines()[-1]
+        assert status == 2 and out == "" and "Traceback" not in err and "error: " in line
+        return line
+
+    return run
+
+
+def noise(height, width, seed=0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return tvf.to_pil_image(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator))
+
+
+def probabilities(network: Network, image: Image.Image) -> Tensor:
+    """[classes], of an image that is taken as it is."""
+    x = (tvf.to_tensor(image) - network.mean) / network.std
+    with torch.inference_mode():
+        return network.model(x[None])[0].double().softmax(0)
+
+
+def score(network: Network, views, *images: Image.Image) -> Tensor:
+    with torch.inference_mode():
+        return _Scorer(network, views, CPU, torch.float32)([views.transform(image) for image in images])
+
+
+# views
+
+
+class Pointwise(nn.Module):
+    """Reads every 32nd pixel: what it says of a crop does not depend on what lies around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 1, stride=32)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(torch.relu(self.conv1(x))), 1))
+
+
+def test_fully_convolutional_is_the_mean_over_all_crops():
+    torch.manual_seed(0)
+    model, x = Pointwise(), torch.randn(2, 3, 224 + 32, 224 + 64)
+    crops = [x[:, :, i : i + 224, j : j + 224] for i in (0, 32) for j in (0, 32, 64)]
+    expected = sum(model(crop) for crop in crops) / 6
+    torch.testing.assert_close(fully_convolutional(model)(x), expected)
+    assert not torch.allclose(model(x), expected, atol=1e-3)  # global pooling is something else
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_fully_convolutional_is_the_network_at_the_size_of_a_crop(name):
+    torch.manual_seed(0)
+    model, x = models.get_model(name, **NARROW).eval(), torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        before = model(x)
+        torch.testing.assert_close(fully_convolutional(model)(x), before)
+        assert fully_convolutional(model)(torch.randn(2, 3, 256, 320)).shape == (2, 10)
+        assert torch.equal(model(x), before)
+
+
+def test_one_scale_of_a_square_image_is_the_mean_of_the_image_and_its_mirror(saved):
+    network, image = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW)), noise(224, 224)
+    expected = (probabilities(network, image) + probabilities(network, tvf.hflip(image))) / 2
+    torch.testing.assert_close(score(network, multi_scale([224]), image)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_scales_are_averaged_and_images_of_other_shapes_stay_apart(saved):
+    network = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW))
+    images = [noise(240, 300), noise(230, 230, 1), noise(240, 300, 2)]
+    both = score(network, multi_scale([224, 256]), *images)
+    apart = [torch.cat([score(network, multi_scale([s]), image) for image in images]) for s in (224, 256)]
+    torch.testing.assert_close(both, (apart[0] + apart[1]) / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_ten_crops_are_the_mean_over_corners_centre_and_mirrors(saved):
+    network, image = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW)), noise(256, 300)
+    expected = torch.zeros(10, dtype=torch.float64)
+    for x in (image, tvf.hflip(image)):
+        for left, top in ((0, 0), (76, 0), (0, 32), (76, 32), (38, 16)):
+            expected += probabilities(network, x.crop((left, top, left + 224, top + 224)))
+    torch.testing.assert_close(score(network, TEN_CROPS, image)[0], expected / 10, atol=1e-6, rtol=1e-5)
+
+
+def test_center_crop_is_what_training_evaluates_on():
+    image = noise(300, 280)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = (CENTER.transform(image)[0][0] / 255 - mean) / std
+    torch.testing.assert_close(x, imagenet_eval()(image))
+
+
+# scores
+
+
+def hand_count(scores: Tensor, labels: list[int]) -> tuple[float, float]:
+    """Top-1 and top-5 error in percent."""
+    ranks = [sorted(range(len(s)), key=lambda i, s=s: -s[i]).index(y) for s, y in zip(scores, labels, strict=True)]
+    return tuple(100 * sum(rank >= k for rank in ranks) / len(ranks) for k in (1, 5))
+
+
+def test_errors_and_ensembles_by_hand(saved):
+    networks = [Network.from_checkpoint(saved("cifar_resnet20", seed)) for seed in (0, 1)]
+    samples = Samples("synthetic:200x16", SINGLE)
+    images, labels = samples._data.images, samples._data.labels.tolist()
+    with torch.inference_mode():
+        scores = [n.model((images / 255 - n.mean) / n.std).softmax(1) for n in networks]
+    for chosen, expected in ((networks[:1], scores[0]), (networks, scores[0] + scores[1])):
+        result = evaluate(chosen, samples, batch=16)
+        assert (result.top1_error, result.top5_error) == pytest.approx(hand_count(expected, labels))
+        assert result.images == 50 and sum(row["images"] for row in result.per_class) == 50
+        wrong = sum(row["images"] * row["top1_error"] for row in result.per_class)
+        assert wrong / 50 == pytest.approx(result.top1_error)
+    for row, name in zip(result.per_class, CLASSES, strict=True):
+        mine = [i for i, y in enumerate(labels) if CLASSES[y] == name]
+        assert row["class"] == name
+        assert row["top1_error"] == pytest.approx(hand_count(expected[mine], [labels[i] for i in mine])[0])
+
+
+def test_limited_samples_are_spread_over_the_split():
+    whole, part = Samples("synthetic:200x16", SINGLE), Samples("synthetic:200x16", SINGLE, limit=10)
+    assert len(part) == 10
+    assert torch.equal(part[9][0][0], whole[45][0][0]) and part[9][1] == whole[45][1]
+
+
+def test_classes_are_matched_by_name_where_the_names_are_known():
+    network = Network("n", nn.Module(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1), ("a", "b", "c", "b"), "imagenet")
+    network.model.fc = nn.Linear(1, 4)
+    assert network.targets(("c", "a")).tolist() == [2, 0]
+    assert network.targets(("w", "x", "y", "z")).tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="n has 4 classes, the data have 2, of which 'b' is none of them"):
+        network.targets(("a", "b"))  # two outputs have that name
+
+
+# resnet-fused eval
+
+
+def test_eval_agrees_with_the_training_that_made_the_checkpoint(output, tmp_path):
+    argv = ("--iterations", 4, "--batch", 20, "--lr", "0.02", "--out", tmp_path / "run")
+    output("train", *SMALL, *argv)
+    result = json.loads(output("eval", tmp_path / "run", "--device", "cpu", "--json"))  # on its own data
+    assert result["top1_error"] == pytest.approx(load_model(tmp_path / "run")[1]["evaluation"][1])
+    assert result.pop("top5_error") <= result.pop("top1_error")
+    assert result == {
+        "networks": [str(tmp_path / "run")],
+        "data": "synthetic:60x16",
+        "views": "the whole image",
+        "device": "cpu",
+        "backend": "auto",
+        "dtype": "fp32",
+        "images": 15,
+        "per_class": [],
+    }
+
+
+def test_eval_as_text(saved, output):
+    path, other = saved("cifar_resnet20"), saved("cifar_resnet20", 1)
+    text = output("eval", path, other, *SMALL, "--per-class", "--images", 10)
+    assert f"ensemble of {path}, {other}\nsynthetic:60x16, 10 images, the whole image, cpu" in text
+    assert "top-1 error " in text and "top-5 error " in text and "pattern 9       1 " in text
+    few = saved("resnet18", classes=("a", "b"), recipe="imagenet", widths=(8, 8, 8, 8))
+    with pytest.raises(AssertionError, match="has 2 classes, the data have 10, of which 'pattern 0' is none of them"):
+        output("eval", few, *SMALL)
+
+
+def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
+    for split in ("train", "val"):
+        for name, image in (("Egyptian cat", photographs.chelsea()), ("espresso", photographs.coffee())):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(image).save(folder / "photo.png")
+    argv = ("eval", "--model", "resnet50", "--weights", "MSRA", "--data", f"imagefolder:{tmp_path}", "--workers", 0)
+    result = json.loads(output(*argv, "--json", "--scales", 224, 256, "--per-class"))
+    assert (result["images"], result["top1_error"], result["top5_error"]) == (2, 0, 0)
+    assert result["views"] == "fully convolutional, short sides 224, 256"
+    assert [row["class"] for row in result["per_class"]] == ["Egyptian cat", "espresso"]
+    (tmp_path / "val" / "espresso").rename(tmp_path / "val" / "a dish")
+    with pytest.raises(AssertionError, match="has 1000 classes, the data have 2, of which 'a dish' is none of them"):
+        output(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "name a checkpoint of resnet-fused train, or --model and --weights"),
+        (["nowhere"], "checkpoint nowhere: there is no such file"),
+        (["{cifar}", "--data", "mnist"], "data must be cifar10"),
+        (["{cifar}", "--data", "synthetic:40x32"], "takes images of 16 x 16, these are 32 x 32"),
+        (["{cifar}", "--crops", "10"], "--crops and --scales are for the recipe imagenet"),
+        (["{cifar}", "--crops", "5"], "invalid choice"),
+        (["{cifar}", "--data", "imagefolder:x"], "an image folder is for the recipe imagenet"),
+        (["{imagenet}", "--scales", "200"], "scales must be short sides from 224 on, got [200]"),
+        (["{imagenet}", "--data", "imagefolder:nowhere"], "there is no nowhere/val"),
+        (["{cifar}", "{imagenet}"], "they make no ensemble"),
+        (["{cifar}", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["{cifar}", "--model", "resnet18", "--weights", "x.pth"], "--model goes with --weights and --data"),
+        (["--model", "resnet18", "--data", "synthetic:40x32"], "--model goes with --weights and --data"),
+        (["--model", "resnet18", "--weights", "x.pth", "--data", "synthetic:40x32"], "there is no such file"),
+        (["--model", "cifar_resnet20", "--weights", "x", "--data", "synthetic:40x32"], "needs its checkpoint"),
+        (["{cifar}", "--device", "mars"], "--device takes cpu, cuda or cuda:N, got 'mars'"),
+    ],
+)
+def test_bad_arguments_of_eval(saved, fails, argv, message):
+    paths = {}
+    if any("{" in arg for arg in argv):
+        paths = {
+            "cifar": saved("cifar_resnet20"),
+            "imagenet": saved("resnet18", recipe="imagenet", widths=(8, 8, 8, 8)),
+        }
+    assert message in fails("eval", *(arg.format(**paths) for arg in argv))
+
+
+def test_an_image_that_cannot_be_read(saved, fails, tmp_path):
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    (folder / "broken.png").write_bytes(b"no image")
+    path = saved("resnet18", recipe="imagenet", classes=("a",), widths=(8, 8, 8, 8))
+    line = fails("eval", path, "--data", f"imagefolder:{tmp_path}", "--workers", 1)
+    assert f"image {folder / 'broken.png'} can't be read" in line
+
+
+def test_scores_that_are_not_finite(saved):
+    network = Network.from_checkpoint(saved("cifar_resnet20"))
+    network.model.fc.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="are not finite"):
+        evaluate([network], Samples("synthetic:60x16", SINGLE))
