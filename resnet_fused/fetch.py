@@ -34,13 +34,14 @@ class Package(NamedTuple):
 
 def _convert_cifar10(folder: Path) -> None:
     """PNGs with one image a row and their labels -> `cifar10.pt`: uint8 [N, 3, 32, 32] and int64 [N] of each split."""
-    from torchvision.io import read_image
+    from PIL import Image
 
     content = {}
     for split, pattern in (("train", "data_batch_*.png"), ("test", "test_batch.png")):
-        rows = [read_image(str(path)) for path in sorted(folder.glob(pattern))]  # [3, N, 1024] each
+        paths = sorted(folder.glob(pattern))
+        rows = [torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8) for path in paths]
         labels = torch.tensor(json.loads((folder / f"{split}_lables.json").read_text()))  # sic
-        images = torch.cat([r.view(3, -1, 32, 32).transpose(0, 1) for r in rows])
+        images = torch.cat(rows).view(-1, 32, 32, 3).permute(0, 3, 1, 2)
         if len(images) != len(labels):
             raise FetchError(f"CIFAR-10's {split} split has {len(images)} images and {len(labels)} labels")
         content |= {f"{split}_images": images.contiguous(), f"{split}_labels": labels}

@@ -106,8 +106,11 @@ class Loaded:
         yield from self._moved(DataLoader(part, batch_size=size, **self._options))
 
     def _moved(self, loader: DataLoader) -> Iterator[Batch]:
-        for x, y in loader:
-            yield _nhwc(x.to(self._device, non_blocking=True)), y.to(self._device, non_blocking=True)
+        try:
+            for x, y in loader:
+                yield _nhwc(x.to(self._device, non_blocking=True)), y.to(self._device, non_blocking=True)
+        except ValueError as error:  # a worker's message is its whole traceback
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 class _Order:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import os
 from pathlib import Path
 
 import torch
@@ -79,7 +80,8 @@ def main(args: argparse.Namespace) -> int:
             what = str(error).strip().splitlines()[-1]
             raise ChildProcessError(f"a process of the run died ({what}); --resume goes on from {out}") from error
         raise
-    print(f"{settings.model}: test error {result.error:.2f} % after {settings.iterations} iterations, in {out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{settings.model}: test error {result.error:.2f} % after {settings.iterations} iterations, in {out}")
     return 0
 
 

@@ -94,18 +94,27 @@ def _image_folder(folder: Path, split: str, transform: Callable[[Any], Any] | No
     part = folder / ("train" if split == "train" else "val")
     if not part.is_dir():
         raise FileNotFoundError(f"imagefolder:{folder} needs the folders train/CLASS and val/CLASS; there is no {part}")
-    return ImageFolder(str(part), transform)
+    return ImageFolder(str(part), transform, loader=_open)
+
+
+def _open(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {path} can't be read: {error}") from None
 
 
 def _synthetic(count: int, size: int, split: str) -> Images:
-    """A coarse pattern for each class under as much noise."""
+    """A coarse pattern for each class under a third as much noise."""
     if count < 40 or size < 8:
         raise ValueError(f"synthetic data take at least 40 images of 8 x 8, got {count} of {size} x {size}")
     generator = torch.Generator().manual_seed(0)
-    patterns = F.interpolate(torch.randint(0, 128, (10, 3, 4, 4), generator=generator).float(), size=(size, size))
+    patterns = F.interpolate(torch.randint(0, 192, (10, 3, 4, 4), generator=generator).float(), size=(size, size))
     if split == "test":
         count //= 4
         generator.manual_seed(1)
     labels = torch.arange(count) % 10
-    noise = torch.randint(0, 128, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(0, 64, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     return Images(patterns.byte()[labels] + noise, labels, tuple(f"pattern {i}" for i in range(10)))

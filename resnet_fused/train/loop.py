@@ -96,7 +96,10 @@ class _Run:
         torch.backends.cudnn.benchmark = device.type == "cuda"
         torch.manual_seed(settings.seed)
         self.model_kwargs = {"num_classes": len(self.source.classes), **settings.model_kwargs}
-        self.model = models.get_model(settings.model, **self.model_kwargs).train().to(device)
+        try:
+            self.model = models.get_model(settings.model, **self.model_kwargs).train().to(device)
+        except TypeError as error:
+            raise ValueError(f"{settings.model} does not take model_kwargs={settings.model_kwargs}: {error}") from None
         self.model.set_recompute(recompute)
         if settings.sync_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -107,7 +110,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         patience = recipes.PATIENCE if settings.plateau else None
         self.schedule = Schedule(self.optimizer, settings.milestones(), patience, self._warms_up())
-        self.step, self.seconds, self.last = 0, 0.0, None
+        self.step, self.seconds, self.last, self.lr = 0, 0.0, None, settings.lr
         self.window: list[Tensor] = []  # [2] each: loss and error of an iteration
 
     def __call__(self, resume: bool) -> Evaluation:
@@ -136,7 +139,7 @@ class _Run:
                 if evaluates:
                     self._evaluate(log, "test" if last or not settings.holdout else "val")
                 if saves and self.world.rank == 0:
-                    checkpoint.save(self.out, self._state())
+                    self._save()
                 if not self.window:
                     started = time.perf_counter()
         return self.last
@@ -151,6 +154,7 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
+        self.lr = self.schedule.lr
         self.schedule.iterated(self.step)
         wrong = (logits.argmax(1) != labels).float().mean()
         self.window.append(torch.stack((loss.detach().float(), 100 * wrong)))
@@ -164,14 +168,13 @@ class _Run:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at iteration {step}; {self._last_good()}")
         loss, error = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        lr = self.schedule.lr
         self.schedule.trained(error)
         speed = len(rows) * self.settings.batch / seconds
         bar.set_postfix_str(f"loss {loss:.3f}, error {error:.1f} %, {speed:.0f} img/s")
         if log is not None:
             epoch = self.step * self.settings.batch / self.source.count
             log.train(
-                step=self.step, epoch=round(epoch, 3), lr=lr, loss=loss, error=error, images_per_s=round(speed, 1)
+                step=self.step, epoch=round(epoch, 3), lr=self.lr, loss=loss, error=error, images_per_s=round(speed, 1)
             )
         self.window.clear()
 
@@ -239,6 +242,12 @@ class _Run:
                 "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             },
         }
+
+    def _save(self) -> None:
+        try:
+            checkpoint.save(self.out, self._state())
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self._last_good()}") from None
 
     def _last_good(self) -> str:
         path = self.out / checkpoint.NAME

@@ -84,8 +84,9 @@ class Settings:
         """Fill in the lengths, for `count` training images."""
         recipe = RECIPES[self.recipe]
         self.iterations = self.iterations or recipe.iterations or math.ceil(recipe.epochs * count / self.batch)
-        self.eval_every = self.eval_every or math.ceil(self.iterations / recipe.evaluations)
-        self.save_every = self.save_every or min(1000, math.ceil(self.iterations / 20))
+        windows = math.ceil(self.iterations / self.log_every)
+        self.eval_every = self.eval_every or self.log_every * math.ceil(windows / recipe.evaluations)
+        self.save_every = self.save_every or self.log_every * math.ceil(min(windows / 20, 1000 / self.log_every))
 
     def milestones(self) -> list[int]:
         """The iterations after which the learning rate falls."""
