@@ -61,5 +61,7 @@ def _line(axes: Axes, name: str, values: list[float]) -> None:
 def _save(path: Path, draw: Callable[[Figure], None], size: tuple[float, float]) -> None:
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
+    for axes in figure.axes:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
