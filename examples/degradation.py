@@ -3,8 +3,9 @@
 Trains plain-20, plain-56, ResNet-20 and ResNet-56 on CIFAR-10 by the recipe `cifar`, shortened, one after the other.
 Interrupted and started again, it goes on where it was. Needs `pip install ".[train]"` and `resnet-fused fetch cifar10`.
 
-    python examples/degradation.py                       # 8000 iterations each on a GPU, 1000 on a CPU
-    python examples/degradation.py --iterations 64000    # the paper's schedule
+    python examples/degradation.py                        # a GPU: 8000 iterations each
+    python examples/degradation.py --dtype bf16           # a CPU: 400 at a lower rate
+    python examples/degradation.py --iterations 64000     # the paper's schedule
 """
 
 import argparse
@@ -23,7 +24,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56], help="out of 20, 32, 44, 56, 110")
-    parser.add_argument("--iterations", type=int, default=8000 if on_gpu else 1000, help="default here: %(default)s")
+    parser.add_argument("--iterations", type=int, default=8000 if on_gpu else 400, help="default here: %(default)s")
+    parser.add_argument("--lr", type=float, default=0.1 if on_gpu else 0.03, help="default here: %(default)s")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--data", default="cifar10")
@@ -38,9 +40,10 @@ def main() -> None:
                 data=args.data,
                 iterations=args.iterations,
                 batch=args.batch,
+                lr=args.lr,
                 dtype=args.dtype,
                 seed=args.seed,
-                log_every=max(1, args.iterations // 100),
+                log_every=max(1, args.iterations // 50),
                 eval_every=max(args.iterations // 20, min(200, args.iterations)),
             )
             train(settings, args.out / f"{family}{depth}", device="cuda" if on_gpu else "cpu", resume=True)
@@ -70,7 +73,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> str:
     """The last tenth's mean training error, and the last test error."""
-    lines = [f"{args.iterations} iterations of {args.batch}, {args.dtype}; {args.out / 'degradation.png'}"]
+    lines = [f"{args.iterations} iterations of {args.batch} at {args.lr}, {args.dtype}; {args.out / 'degradation.png'}"]
     lines.append(f"{'network':12}{'training error':>16}{'test error':>12}")
     for family in FAMILIES:
         for depth in args.depths:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,13 +293,17 @@ def test_bad_arguments_of_eval(saved, fails, argv, message):
     assert message in fails("eval", *(arg.format(**paths) for arg in argv))
 
 
-def test_an_image_that_cannot_be_read(saved, fails, tmp_path):
+def test_a_folder_of_few_classes_and_an_image_that_cannot_be_read(saved, output, fails, tmp_path):
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
+    noise(230, 250).save(folder / "noise.png")
+    argv = ("eval", saved("resnet18", recipe="imagenet", classes=("a",), widths=(8, 8, 8, 8)))
+    argv += ("--data", f"imagefolder:{tmp_path}", "--device", "cpu")
+    text = output(*argv, "--crops", 10, "--workers", 0)
+    assert "1 images, 10 crops of 224, short side 256, cpu, backend auto, fp32" in text
+    assert "top-1 error    0.00 %" in text and "top-5 error: left out, there are fewer than 5 classes" in text
     (folder / "broken.png").write_bytes(b"no image")
-    path = saved("resnet18", recipe="imagenet", classes=("a",), widths=(8, 8, 8, 8))
-    line = fails("eval", path, "--data", f"imagefolder:{tmp_path}", "--workers", 1)
-    assert f"image {folder / 'broken.png'} can't be read" in line
+    assert f"error: image {folder / 'broken.png'} can't be read: " in fails(*argv, "--workers", 1)
 
 
 def test_scores_that_are_not_finite(saved):
@@ -410,7 +417,8 @@ def test_analyze(saved, output, tmp_path):
     path, other = saved("cifar_resnet20"), saved("cifar_resnet20", 1)
     argv = ("analyze", "--responses", "--lesions", "--gradients", *SMALL, "--images", 5, "--batch", 16)
     result = json.loads(output(*argv, path, other, "--out", tmp_path / "a" / "b", "--json"))
-    assert list(result) == ["device", "backend", "responses", "gradients", "lesions"]
+    assert list(result) == ["data", "device", "backend", "responses", "gradients", "lesions"]
+    assert result["data"] == SMALL[1]
     for measure, key, row in (
         ("responses", "layers", {"layer", "std"}),
         ("gradients", "layers", {"layer", "norm"}),
@@ -453,3 +461,14 @@ def test_gradients_of_twins_that_are_drawn(output, tmp_path):
 def test_bad_arguments_of_analyze(saved, fails, tmp_path, argv, message):
     paths = {"cifar": saved("cifar_resnet20"), "plain": saved("cifar_plain20")}
     assert message in fails("analyze", "--out", tmp_path / "plots", *(arg.format(**paths) for arg in argv))
+
+
+def test_the_degradation_example(monkeypatch, capsys, tmp_path):
+    path = Path(__file__).parent.parent / "examples" / "degradation.py"
+    argv = "--data synthetic:40x8 --batch 8 --iterations 4 --depths 20".split()
+    monkeypatch.setattr(sys, "argv", [str(path), *argv, "--out", str(tmp_path)])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["plain-20", "resnet-20"]
+    with Image.open(tmp_path / "degradation.png") as plot:
+        assert plot.size == (1200, 480)

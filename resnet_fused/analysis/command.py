@@ -54,6 +54,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
             path = args.out / f"{name}.png"
             getattr(plots, f"draw_{name}")(path, measured)
             result[name] = {"plot": str(path), "networks": [_rows(name, n, v) for n, v in measured.items()]}
+    result = {"data": args.data, **result}
     print(json.dumps(result, indent=2) if args.json else _text(result))
     return 0
 
@@ -77,8 +78,9 @@ def _batches(args: argparse.Namespace, network: Network, samples: Samples, devic
 def _gradients(args: argparse.Namespace, device: torch.device) -> dict[str, Values]:
     """On the first batch of the training that the network's recipe makes of the data."""
 
-    def first(recipe: str, data: str | None) -> tuple[tuple[str, ...], Batch]:
-        settings = Settings(recipe, data=data, batch=args.batch, seed=args.seed)
+    def first(recipe: str) -> tuple[tuple[str, ...], Batch]:
+        settings = Settings(recipe, data=args.data, batch=args.batch, seed=args.seed)
+        args.data = settings.data
         source = make_source(settings, World(), device, workers=0)
         return tuple(source.classes), next(source.train(0, 1))
 
@@ -86,13 +88,13 @@ def _gradients(args: argparse.Namespace, device: torch.device) -> dict[str, Valu
         networks, _ = load(args)
         values = {}
         for n in networks:
-            classes, (x, labels) = first(n.recipe, args.data or networks[0].data)
+            classes, (x, labels) = first(n.recipe)
             target = n.targets(classes).to(device)
             values[n.name] = gradient_norms(n.model.to(device), x, target[labels])
         return values
     if args.checkpoints:
         raise ValueError("--model goes without a checkpoint")
-    classes, batch = first("cifar" if args.model.startswith("cifar_") else "imagenet", args.data)
+    classes, batch = first("cifar" if args.model.startswith("cifar_") else "imagenet")
     return {
         name: gradient_norms(_drawn(name, len(classes), args.seed).to(device), *batch) for name in _twins(args.model)
     }

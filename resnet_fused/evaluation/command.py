@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
         )
     conditions = {
         "networks": [network.name for network in networks],
-        "data": args.data or networks[0].data,
+        "data": args.data,
         "views": samples.views.name,
         "device": str(device),
         "backend": args.backend,
@@ -83,7 +83,7 @@ def load(args: argparse.Namespace, views: Views = CENTER) -> tuple[list[Network]
     """The networks that the options name, and the data's test split as they see it.
 
     Args:
-        args: of `add_common_arguments`.
+        args: of `add_common_arguments`; data is filled in.
         views: of networks that were trained on ImageNet's crops; the others see whole images.
 
     Raises:
@@ -97,8 +97,8 @@ def load(args: argparse.Namespace, views: Views = CENTER) -> tuple[list[Network]
         networks = [Network.from_checkpoint(path) for path in args.checkpoints]
         if not networks or args.weights:
             raise ValueError("name a checkpoint of resnet-fused train, or --model and --weights")
-        views = _views(networks, args.data or networks[0].data, views)
-        return networks, Samples(args.data or networks[0].data, views, limit=args.images)
+        args.data = args.data or networks[0].data
+        return networks, Samples(args.data, _views(networks, args.data, views), limit=args.images)
     if args.checkpoints or not args.weights or not args.data:
         raise ValueError("--model goes with --weights and --data, and without a checkpoint")
     samples = Samples(args.data, views, limit=args.images)

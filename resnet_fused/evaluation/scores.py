@@ -139,8 +139,8 @@ class _Scorer:
     """One network's probabilities, averaged over an image's views."""
 
     def __init__(self, network: Network, views: Views, device: torch.device, dtype: torch.dtype) -> None:
-        model = network.model.to(device)
-        self._model = fully_convolutional(model) if views.convolutional else model
+        model = fully_convolutional(network.model) if views.convolutional else network.model
+        self._model = model.to(device)
         self._prepare, self._device, self._dtype = _Normalise(network, device), device, dtype
 
     def __call__(self, images: list[list[Tensor]]) -> Tensor:
