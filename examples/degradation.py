@@ -44,7 +44,7 @@ def main() -> None:
                 dtype=args.dtype,
                 seed=args.seed,
                 log_every=max(1, args.iterations // 50),
-                eval_every=max(args.iterations // 20, min(200, args.iterations)),
+                eval_every=max(args.iterations // 20, min(100, args.iterations)),
             )
             train(settings, args.out / f"{family}{depth}", device="cuda" if on_gpu else "cpu", resume=True)
     draw(args)

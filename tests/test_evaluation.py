@@ -27,7 +27,7 @@ from resnet_fused.evaluation import (
     fully_convolutional,
     multi_scale,
 )
-from resnet_fused.evaluation.scores import _Scorer
+from resnet_fused.evaluation.scores import _rank, _Scorer
 from resnet_fused.train import checkpoint, load_model
 from resnet_fused.train.augment import imagenet_eval
 
@@ -213,6 +213,12 @@ def test_classes_are_matched_by_name_where_the_names_are_known():
     assert network.targets(("w", "x", "y", "z")).tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="n has 4 classes, the data have 2, of which 'b' is none of them"):
         network.targets(("a", "b"))  # two outputs have that name
+
+
+def test_of_equal_scores_the_first_counts_as_higher():
+    scores = torch.tensor([[2.0, 3.0, 3.0, 1.0, 3.0]]).expand(5, 5)
+    ranks = _rank(scores, torch.arange(5))
+    assert ranks.tolist() == [3, 0, 1, 4, 2] and scores[0].argmax() == ranks.argmin()
 
 
 # resnet-fused eval

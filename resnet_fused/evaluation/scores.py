@@ -85,18 +85,18 @@ def evaluate(
             raise ValueError(f"{networks[0].name} and {network.name} have different classes: they make no ensemble")
     target = targets[0].to(device)
     scorers = [_Scorer(network, samples.views, device, dtype) for network in networks]
-    hits, labels, finite = [], [], []
+    ranks, labels, finite = [], [], []
     with torch.inference_mode():
         for chunk in tqdm(_loader(samples, batch, workers), desc="eval", unit="batch", disable=None):
             label = torch.tensor([y for _, y in chunk], device=device)
             scores = sum(scorer([views for views, _ in chunk]) for scorer in scorers)
-            best = scores.topk(min(5, scores.shape[1])).indices  # [N, 5]
-            hits.append(best == target[label][:, None])
+            ranks.append(_rank(scores, target[label]))
             labels.append(label)
             finite.append(scores.isfinite().all())
     if not torch.stack(finite).all():
         raise FloatingPointError(f"scores of {', '.join(n.name for n in networks)} are not finite")
-    return _result(torch.cat(hits).cpu(), torch.cat(labels).cpu(), samples.classes)
+    top5 = scores.shape[1] >= 5
+    return _result(torch.cat(ranks).cpu(), torch.cat(labels).cpu(), samples.classes, top5)
 
 
 def batches(
@@ -165,17 +165,20 @@ class _Scorer:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
-def _result(hits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Result:
-    """hits: bool [N, up to 5], whether the class of that rank is the right one."""
-    wrong = ~hits[:, 0]
-    per_class = [
-        {
-            "class": name,
-            "images": int((labels == i).sum()),
-            "top1_error": 100 * wrong[labels == i].double().mean().item(),
-        }
-        for i, name in enumerate(classes)
-        if (labels == i).any()
-    ]
-    top5 = 100 * (~hits.any(1)).double().mean().item() if hits.shape[1] == 5 else None
-    return Result(len(labels), 100 * wrong.double().mean().item(), top5, per_class)
+def _rank(scores: Tensor, target: Tensor) -> Tensor:
+    """How many classes come before the right one; of equal scores the first, as argmax has it."""
+    right = scores.gather(1, target[:, None])
+    first = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
+    return ((scores > right) | (scores == right) & first).sum(1)
+
+
+def _result(ranks: Tensor, labels: Tensor, classes: tuple[str, ...], top5: bool) -> Result:
+    def error(ranks: Tensor, top: int = 1) -> float:
+        return 100 * (ranks >= top).sum().item() / len(ranks)
+
+    per_class = []
+    for i, name in enumerate(classes):
+        own = ranks[labels == i]
+        if len(own):
+            per_class.append({"class": name, "images": len(own), "top1_error": error(own)})
+    return Result(len(ranks), error(ranks), error(ranks, 5) if top5 else None, per_class)
