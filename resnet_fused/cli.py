@@ -21,7 +21,7 @@ from ._version import __version__
 from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
-_DEMO = ("PIL", "skimage", "torchvision")  # what the [demo] extra brings
+_EXTRAS = {"PIL": "demo", "skimage": "demo", "torchvision": "demo", "matplotlib": "train", "tqdm": "train"}
 _EXPECTED = (
     ValueError,
     OSError,
@@ -84,6 +84,20 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         train.add_arguments(command)
         command.set_defaults(run=train.main)
 
+    command = commands.add_parser("eval", help="top-1 and top-5 error of trained networks")
+    if "eval" in argv:
+        from . import evaluation
+
+        evaluation.add_arguments(command)
+        command.set_defaults(run=lambda args: evaluation.main(args, _device(args.device)))
+
+    command = commands.add_parser("analyze", help="layer responses, gradients and lesions of networks")
+    if "analyze" in argv:
+        from . import analysis
+
+        analysis.add_arguments(command)
+        command.set_defaults(run=lambda args: analysis.main(args, _device(args.device)))
+
     command = commands.add_parser("info", help="versions, devices, and which backends are there")
     command.add_argument("--models", action="store_true", help="parameters and multiply-adds of every model instead")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -106,8 +120,8 @@ def _error_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" on the disk of {error.filename}" if error.filename else ""
         return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights, data) to another disk"
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in _DEMO:
-        return f'this needs {error.name.partition(".")[0]}: pip install "resnet_fused[demo]" ({error})'
+    if isinstance(error, ImportError) and (package := (error.name or "").partition(".")[0]) in _EXTRAS:
+        return f'this needs {package}: pip install "resnet_fused[{_EXTRAS[package]}]" ({error})'
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -11,6 +11,8 @@ PACKAGE = Path(resnet_fused.__file__).parent
 RANKS = [
     {"__main__"},
     {"cli"},
+    {"analysis"},
+    {"evaluation"},
     {"bench", "train", "__init__"},
     {"testing", "explain", "tune"},
     {"graphs"},

@@ -1,0 +1,100 @@
+"""The ways of looking at an image: whole, the centre, ten crops, or whole at several scales."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from .. import _registry
+
+SHORT_SIDE, CROP = 256, 224
+SCALES = (224, 256, 384, 480, 640)  # He et al., https://arxiv.org/abs/1512.03385, section 3.4
+
+
+class Views(NamedTuple):
+    """What a network is shown of an image; the scores of all views are averaged."""
+
+    name: str
+    transform: Callable[[Any], list[Tensor]]  # PIL image or uint8 [3, H, W] -> uint8 [views, 3, h, w] for each size
+    convolutional: bool = False  # the classifier is applied at every position
+
+
+def _single(image: Any) -> list[Tensor]:
+    return [v2.functional.to_image(image)[None]]
+
+
+def _center(image: Any) -> list[Tensor]:
+    crop = v2.functional.center_crop(v2.functional.resize(image, [SHORT_SIDE]), [CROP])
+    return [v2.functional.to_image(crop)[None]]
+
+
+def _ten_crops(image: Any) -> list[Tensor]:
+    crops = v2.functional.ten_crop(v2.functional.resize(image, [SHORT_SIDE]), [CROP])
+    return [torch.stack([v2.functional.to_image(crop) for crop in crops])]
+
+
+SINGLE = Views("the whole image", _single)
+CENTER = Views(f"center crop of {CROP}, short side {SHORT_SIDE}", _center)
+TEN_CROPS = Views(f"10 crops of {CROP}, short side {SHORT_SIDE}", _ten_crops)
+
+
+class _MultiScale:
+    def __init__(self, scales: tuple[int, ...]) -> None:
+        self._scales = scales
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        whole = [v2.functional.to_image(v2.functional.resize(image, [scale])) for scale in self._scales]
+        return [torch.stack((x, x.flip(-1))) for x in whole]
+
+
+def multi_scale(scales: Sequence[int] = SCALES) -> Views:
+    """The whole image, and mirrored, with its short side resized to each scale; see `fully_convolutional`.
+
+    Raises:
+        ValueError: a scale is below the crop that the network was trained on, or there is none.
+    """
+    if not scales or min(scales) < CROP:
+        raise ValueError(f"scales must be short sides from {CROP} on, got {list(scales)}")
+    return Views(f"fully convolutional, short sides {', '.join(map(str, scales))}", _MultiScale(tuple(scales)), True)
+
+
+def fully_convolutional(model: nn.Module, crop: int = CROP) -> nn.Module:
+    """The network for images of any size from `crop` on; parameters are shared with `model`, which stays as it was.
+
+    Its pooling window is what a crop fills and moves over the image by one position of the last stage at a time; the
+    linear layer becomes a 1x1 convolution, whose score map is averaged (Simonyan and Zisserman,
+    https://arxiv.org/abs/1409.1556, section 3.2). On an image of crop x crop the scores are `model`'s.
+
+    Args:
+        model: one of this package's.
+        crop: height and width of the images that it was trained on.
+
+    Shape: [N, 3, H, W] -> [N, num_classes].
+    """
+    window = []
+    handle = model.avgpool.register_forward_pre_hook(lambda _, inputs: window.extend(inputs[0].shape[2:]))
+    try:
+        with torch.no_grad(), _registry.backend("eager"):
+            model(next(model.parameters()).new_empty(0, 3, crop, crop))
+    finally:
+        handle.remove()
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.avgpool = nn.AvgPool2d(tuple(window), stride=1)
+    twin.fc = _ScoreMap(model.fc)
+    return twin
+
+
+class _ScoreMap(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, channels * positions]."""
+        x = x.unflatten(1, (self.linear.in_features, -1))
+        return F.conv1d(x, self.linear.weight[:, :, None], self.linear.bias).mean(-1)

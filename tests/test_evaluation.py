@@ -1,0 +1,480 @@
+"""resnet-fused eval and analyze: views, scores, errors, and what is measured on layers and blocks."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data as photographs
+from torch import Tensor, nn
+from torchvision.transforms import functional as tvf
+
+from resnet_fused import models
+from resnet_fused.analysis import ShortcutOnly, gradient_norms, lesions, responses
+from resnet_fused.cli import main
+from resnet_fused.evaluation import (
+    CENTER,
+    SINGLE,
+    TEN_CROPS,
+    Network,
+    Samples,
+    evaluate,
+    fully_convolutional,
+    multi_scale,
+)
+from resnet_fused.evaluation.scores import _rank, _Scorer
+from resnet_fused.train import checkpoint, load_model
+from resnet_fused.train.augment import imagenet_eval
+
+CPU = torch.device("cpu")
+CLASSES = tuple(f"pattern {i}" for i in range(10))
+NARROW = {"num_classes": 10, "widths": (8, 8, 8, 8)}
+SMALL = ("--data", "synthetic:60x16", "--device", "cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes the checkpoint of an untrained network whose statistics are those of noise, and returns its file."""
+
+    def saved(name, seed=0, recipe="cifar", classes=CLASSES, **kwargs):
+        torch.manual_seed(seed)
+        model = models.get_model(name, **{"num_classes": len(classes), **kwargs})
+        with torch.no_grad():
+            model.train()(torch.randn(16, 3, 16 if recipe == "cifar" else 64, 16 if recipe == "cifar" else 64))
+        folder = tmp_path / f"{name}-{seed}-{recipe}"
+        folder.mkdir()
+        mean = torch.full((3, 16, 16), 0.5) if recipe == "cifar" else torch.full((3, 1, 1), 0.4)
+        content = {
+            "model": name,
+            "model_kwargs": {"num_classes": len(classes), **kwargs},
+            "state_dict": model.state_dict(),
+            "mean": mean,
+            "std": torch.full((3, 1, 1), 0.2),
+            "classes": list(classes),
+            "config": {"recipe": recipe, "data": "synthetic:60x16"},
+            "step": 1,
+        }
+        return checkpoint.save(folder, content)
+
+    return saved
+
+
+@pytest.fixture
+def output(capsys):
+    def run(*argv):
+        status = main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    def run(*argv):
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        line = err.splitlines()[-1]
+        assert status == 2 and out == "" and "Traceback" not in err and "error: " in line
+        return line
+
+    return run
+
+
+def noise(height, width, seed=0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return tvf.to_pil_image(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator))
+
+
+def probabilities(network: Network, image: Image.Image) -> Tensor:
+    """[classes], of an image that is taken as it is."""
+    x = (tvf.to_tensor(image) - network.mean) / network.std
+    with torch.inference_mode():
+        return network.model(x[None])[0].double().softmax(0)
+
+
+def score(network: Network, views, *images: Image.Image) -> Tensor:
+    with torch.inference_mode():
+        return _Scorer(network, views, CPU, torch.float32)([views.transform(image) for image in images])
+
+
+# views
+
+
+class Pointwise(nn.Module):
+    """Reads every 32nd pixel: what it says of a crop does not depend on what lies around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 1, stride=32)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(torch.relu(self.conv1(x))), 1))
+
+
+def test_fully_convolutional_is_the_mean_over_all_crops():
+    torch.manual_seed(0)
+    model, x = Pointwise(), torch.randn(2, 3, 224 + 32, 224 + 64)
+    crops = [x[:, :, i : i + 224, j : j + 224] for i in (0, 32) for j in (0, 32, 64)]
+    expected = sum(model(crop) for crop in crops) / 6
+    torch.testing.assert_close(fully_convolutional(model)(x), expected)
+    assert not torch.allclose(model(x), expected, atol=1e-3)  # global pooling is something else
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_fully_convolutional_is_the_network_at_the_size_of_a_crop(name):
+    torch.manual_seed(0)
+    model, x = models.get_model(name, **NARROW).eval(), torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        before = model(x)
+        torch.testing.assert_close(fully_convolutional(model)(x), before)
+        assert fully_convolutional(model)(torch.randn(2, 3, 256, 320)).shape == (2, 10)
+        assert torch.equal(model(x), before)
+
+
+def test_one_scale_of_a_square_image_is_the_mean_of_the_image_and_its_mirror(saved):
+    network, image = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW)), noise(224, 224)
+    expected = (probabilities(network, image) + probabilities(network, tvf.hflip(image))) / 2
+    torch.testing.assert_close(score(network, multi_scale([224]), image)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_scales_are_averaged_and_images_of_other_shapes_stay_apart(saved):
+    network = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW))
+    images = [noise(240, 300), noise(230, 230, 1), noise(240, 300, 2)]
+    both = score(network, multi_scale([224, 256]), *images)
+    apart = [torch.cat([score(network, multi_scale([s]), image) for image in images]) for s in (224, 256)]
+    torch.testing.assert_close(both, (apart[0] + apart[1]) / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_ten_crops_are_the_mean_over_corners_centre_and_mirrors(saved):
+    network, image = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW)), noise(256, 300)
+    expected = torch.zeros(10, dtype=torch.float64)
+    for x in (image, tvf.hflip(image)):
+        for left, top in ((0, 0), (76, 0), (0, 32), (76, 32), (38, 16)):
+            expected += probabilities(network, x.crop((left, top, left + 224, top + 224)))
+    torch.testing.assert_close(score(network, TEN_CROPS, image)[0], expected / 10, atol=1e-6, rtol=1e-5)
+
+
+def test_center_crop_is_what_training_evaluates_on():
+    image = noise(300, 280)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = (CENTER.transform(image)[0][0] / 255 - mean) / std
+    torch.testing.assert_close(x, imagenet_eval()(image))
+
+
+# scores
+
+
+def hand_count(scores: Tensor, labels: list[int]) -> tuple[float, float]:
+    """Top-1 and top-5 error in percent."""
+    ranks = [sorted(range(len(s)), key=lambda i, s=s: -s[i]).index(y) for s, y in zip(scores, labels, strict=True)]
+    return tuple(100 * sum(rank >= k for rank in ranks) / len(ranks) for k in (1, 5))
+
+
+def test_errors_and_ensembles_by_hand(saved):
+    networks = [Network.from_checkpoint(saved("cifar_resnet20", seed)) for seed in (0, 1)]
+    samples = Samples("synthetic:200x16", SINGLE)
+    images, labels = samples._data.images, samples._data.labels.tolist()
+    with torch.inference_mode():
+        scores = [n.model((images / 255 - n.mean) / n.std).softmax(1) for n in networks]
+    for chosen, expected in ((networks[:1], scores[0]), (networks, scores[0] + scores[1])):
+        result = evaluate(chosen, samples, batch=16)
+        assert (result.top1_error, result.top5_error) == pytest.approx(hand_count(expected, labels))
+        assert result.images == 50 and sum(row["images"] for row in result.per_class) == 50
+        wrong = sum(row["images"] * row["top1_error"] for row in result.per_class)
+        assert wrong / 50 == pytest.approx(result.top1_error)
+    for row, name in zip(result.per_class, CLASSES, strict=True):
+        mine = [i for i, y in enumerate(labels) if CLASSES[y] == name]
+        assert row["class"] == name
+        assert row["top1_error"] == pytest.approx(hand_count(expected[mine], [labels[i] for i in mine])[0])
+
+
+def test_limited_samples_are_spread_over_the_split():
+    whole, part = Samples("synthetic:200x16", SINGLE), Samples("synthetic:200x16", SINGLE, limit=10)
+    assert len(part) == 10
+    assert torch.equal(part[9][0][0], whole[45][0][0]) and part[9][1] == whole[45][1]
+
+
+def test_classes_are_matched_by_name_where_the_names_are_known():
+    network = Network("n", nn.Module(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1), ("a", "b", "c", "b"), "imagenet")
+    network.model.fc = nn.Linear(1, 4)
+    assert network.targets(("c", "a")).tolist() == [2, 0]
+    assert network.targets(("w", "x", "y", "z")).tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="n has 4 classes, the data have 2, of which 'b' is none of them"):
+        network.targets(("a", "b"))  # two outputs have that name
+
+
+def test_of_equal_scores_the_first_counts_as_higher():
+    scores = torch.tensor([[2.0, 3.0, 3.0, 1.0, 3.0]]).expand(5, 5)
+    ranks = _rank(scores, torch.arange(5))
+    assert ranks.tolist() == [3, 0, 1, 4, 2] and scores[0].argmax() == ranks.argmin()
+
+
+# resnet-fused eval
+
+
+def test_eval_agrees_with_the_training_that_made_the_checkpoint(output, tmp_path):
+    argv = ("--iterations", 4, "--batch", 20, "--lr", "0.02", "--out", tmp_path / "run")
+    output("train", *SMALL, *argv)
+    result = json.loads(output("eval", tmp_path / "run", "--device", "cpu", "--json"))  # on its own data
+    assert result["top1_error"] == pytest.approx(load_model(tmp_path / "run")[1]["evaluation"][1])
+    assert result.pop("top5_error") <= result.pop("top1_error")
+    assert result == {
+        "networks": [str(tmp_path / "run")],
+        "data": "synthetic:60x16",
+        "views": "the whole image",
+        "device": "cpu",
+        "backend": "auto",
+        "dtype": "fp32",
+        "images": 15,
+        "per_class": [],
+    }
+
+
+def test_eval_as_text(saved, output):
+    path, other = saved("cifar_resnet20"), saved("cifar_resnet20", 1)
+    text = output("eval", path, other, *SMALL, "--per-class", "--images", 10)
+    assert f"ensemble of {path}, {other}\nsynthetic:60x16, 10 images, the whole image, cpu" in text
+    assert "top-1 error " in text and "top-5 error " in text and "pattern 9       1 " in text
+    few = saved("resnet18", classes=("a", "b"), recipe="imagenet", widths=(8, 8, 8, 8))
+    with pytest.raises(AssertionError, match="has 2 classes, the data have 10, of which 'pattern 0' is none of them"):
+        output("eval", few, *SMALL)
+
+
+def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
+    for split in ("train", "val"):
+        for name, image in (("Egyptian cat", photographs.chelsea()), ("espresso", photographs.coffee())):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(image).save(folder / "photo.png")
+    argv = ("eval", "--model", "resnet50", "--weights", "MSRA", "--data", f"imagefolder:{tmp_path}", "--workers", 0)
+    result = json.loads(output(*argv, "--json", "--scales", 224, 256, "--per-class"))
+    assert (result["images"], result["top1_error"], result["top5_error"]) == (2, 0, 0)
+    assert result["views"] == "fully convolutional, short sides 224, 256"
+    assert [row["class"] for row in result["per_class"]] == ["Egyptian cat", "espresso"]
+    (tmp_path / "val" / "espresso").rename(tmp_path / "val" / "a dish")
+    with pytest.raises(AssertionError, match="has 1000 classes, the data have 2, of which 'a dish' is none of them"):
+        output(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "name a checkpoint of resnet-fused train, or --model and --weights"),
+        (["nowhere"], "checkpoint nowhere: there is no such file"),
+        (["{cifar}", "--data", "mnist"], "data must be cifar10"),
+        (["{cifar}", "--data", "synthetic:40x32"], "takes images of 16 x 16, these are 32 x 32"),
+        (["{cifar}", "--crops", "10"], "--crops and --scales are for the recipe imagenet"),
+        (["{cifar}", "--crops", "5"], "invalid choice"),
+        (["{cifar}", "--data", "imagefolder:x"], "an image folder is for the recipe imagenet"),
+        (["{imagenet}", "--scales", "200"], "scales must be short sides from 224 on, got [200]"),
+        (["{imagenet}", "--data", "imagefolder:nowhere"], "there is no nowhere/val"),
+        (["{cifar}", "{imagenet}"], "they make no ensemble"),
+        (["{cifar}", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["{cifar}", "--model", "resnet18", "--weights", "x.pth"], "--model goes with --weights and --data"),
+        (["--model", "resnet18", "--data", "synthetic:40x32"], "--model goes with --weights and --data"),
+        (["--model", "resnet18", "--weights", "x.pth", "--data", "synthetic:40x32"], "there is no such file"),
+        (["--model", "cifar_resnet20", "--weights", "x", "--data", "synthetic:40x32"], "needs its checkpoint"),
+        (["{cifar}", "--device", "mars"], "--device takes cpu, cuda or cuda:N, got 'mars'"),
+    ],
+)
+def test_bad_arguments_of_eval(saved, fails, argv, message):
+    paths = {}
+    if any("{" in arg for arg in argv):
+        paths = {
+            "cifar": saved("cifar_resnet20"),
+            "imagenet": saved("resnet18", recipe="imagenet", widths=(8, 8, 8, 8)),
+        }
+    assert message in fails("eval", *(arg.format(**paths) for arg in argv))
+
+
+def test_a_folder_of_few_classes_and_an_image_that_cannot_be_read(saved, output, fails, tmp_path):
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    noise(230, 250).save(folder / "noise.png")
+    argv = ("eval", saved("resnet18", recipe="imagenet", classes=("a",), widths=(8, 8, 8, 8)))
+    argv += ("--data", f"imagefolder:{tmp_path}", "--device", "cpu")
+    text = output(*argv, "--crops", 10, "--workers", 0)
+    assert "1 images, 10 crops of 224, short side 256, cpu, backend auto, fp32" in text
+    assert "top-1 error    0.00 %" in text and "top-5 error: left out, there are fewer than 5 classes" in text
+    (folder / "broken.png").write_bytes(b"no image")
+    assert f"error: image {folder / 'broken.png'} can't be read: " in fails(*argv, "--workers", 1)
+
+
+def test_scores_that_are_not_finite(saved):
+    network = Network.from_checkpoint(saved("cifar_resnet20"))
+    network.model.fc.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="are not finite"):
+        evaluate([network], Samples("synthetic:60x16", SINGLE))
+
+
+def test_a_forced_backend_serves_the_evaluation(saved, output):
+    path = saved("cifar_resnet20")
+    results = [json.loads(output("eval", path, *SMALL, "--json", "--backend", b)) for b in ("eager", "onednn")]
+    assert [r.pop("backend") for r in results] == ["eager", "onednn"] and results[0] == results[1]
+
+
+# analysis
+
+
+def test_responses_are_the_bns_outputs_before_the_add(saved):
+    model = load_model(saved("cifar_resnet20"))[0]
+    batches = [(torch.randn(n, 3, 16, 16), torch.zeros(n, dtype=torch.long)) for n in (4, 3)]
+    expected = {}
+    with torch.inference_mode():
+        x = torch.cat([x for x, _ in batches])
+        expected["bn1"] = model.bn1(model.conv1(x))
+        x = expected["bn1"].relu()
+        for name, block in model.named_modules():
+            if isinstance(block, models.BasicBlock):
+                first = expected[f"{name}.bn1"] = block.bn1(block.conv1(x))
+                second = expected[f"{name}.bn2"] = block.bn2(block.conv2(first.relu()))
+                x = (second + (x if block.downsample is None else block.downsample(x))).relu()
+    found = responses(model, batches)
+    assert [name for name, _ in found] == list(expected)
+    torch.testing.assert_close(
+        torch.tensor([std for _, std in found]), torch.stack([y.std(correction=0) for y in expected.values()])
+    )
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_layers_of_projections_are_left_out():
+    model = models.resnet18(**NARROW).eval()
+    batch = torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
+    layers = [name for name, _ in responses(model, [batch])]
+    assert len(layers) == 17 and not any("downsample" in name for name in layers)
+    layers = [name for name, _ in gradient_norms(model, *batch)]
+    assert len(layers) == 18 and not any("downsample" in name for name in layers)
+
+
+def test_gradient_norms_are_those_of_a_training_step_and_leave_the_model_alone(saved):
+    model = load_model(saved("cifar_resnet20"))[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
+    found = dict(gradient_norms(model, x, labels))
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    F.cross_entropy(model.train()(x), labels).backward()
+    for name in ("conv1", "layer2.0.conv2", "fc"):
+        assert found[name] == pytest.approx(model.get_submodule(name).weight.grad.square().sum().sqrt().item())
+
+
+BLOCKS = [
+    ("cifar_resnet20", {}),
+    ("resnet18", NARROW),
+    ("preact_resnet18", NARROW | {"shortcut": "A"}),
+    ("preact_resnet18", NARROW | {"shortcut": "C"}),
+]
+
+
+@pytest.mark.parametrize("name, kwargs", BLOCKS)
+def test_a_block_without_its_branch_is_one_whose_branch_gives_zeros(name, kwargs):
+    torch.manual_seed(0)
+    model = models.get_model(name, **kwargs)
+    blocks = [m for m in model.modules() if isinstance(m, (models.BasicBlock, models.PreActBasicBlock))]
+    assert len(blocks) in (8, 9)
+    with torch.no_grad():
+        for m in model.modules():  # any statistics and affine, but for the branches' ends
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(), m.weight.normal_(), m.bias.normal_()
+        for block in blocks:
+            x = torch.randn(2, block.conv1.in_channels, 8, 8).relu()
+            lesion, whole = ShortcutOnly(block.eval())(x), block(x)
+            end = block.conv2 if isinstance(block, models.PreActBasicBlock) else block.bn2
+            for p in end.parameters():
+                p.zero_()
+            assert torch.equal(lesion, block(x)) and not torch.equal(lesion, whole)
+
+
+def test_lesions_are_the_errors_without_each_block_and_leave_the_model_alone(saved):
+    path = saved("cifar_resnet20")
+    model, images = load_model(path)[0], torch.randn(40, 3, 16, 16)
+    labels = model(images).argmax(1)
+    labels[:10] = (labels[:10] + 1) % 10
+
+    def error(m):
+        with torch.inference_mode():
+            return 100 * (m(images).argmax(1) != labels).double().mean().item()
+
+    blocks = [name for name, m in model.named_modules() if isinstance(m, models.BasicBlock)]
+    modules = list(model.modules())
+    whole, found = lesions(model, lambda: [(images, labels)])
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert whole == error(model) == 25 and [name for name, _ in found] == blocks
+    for name, value in found:
+        wounded = load_model(path)[0]
+        nn.init.zeros_(wounded.get_submodule(name).bn2.weight)
+        assert value == pytest.approx(error(wounded))
+    assert max(value for _, value in found) > 25
+
+
+def test_analyze(saved, output, tmp_path):
+    path, other = saved("cifar_resnet20"), saved("cifar_resnet20", 1)
+    argv = ("analyze", "--responses", "--lesions", "--gradients", *SMALL, "--images", 5, "--batch", 16)
+    result = json.loads(output(*argv, path, other, "--out", tmp_path / "a" / "b", "--json"))
+    assert list(result) == ["data", "device", "backend", "responses", "gradients", "lesions"]
+    assert result["data"] == SMALL[1]
+    for measure, key, row in (
+        ("responses", "layers", {"layer", "std"}),
+        ("gradients", "layers", {"layer", "norm"}),
+        ("lesions", "blocks", {"block", "error", "change"}),
+    ):
+        assert [n["network"] for n in result[measure]["networks"]] == [str(path), str(other)]
+        assert all(set(r) == row for n in result[measure]["networks"] for r in n[key])
+        with Image.open(tmp_path / "a" / "b" / f"{measure}.png") as plot:
+            assert result[measure]["plot"] == plot.filename and min(plot.size) > 300
+    text = output(*argv, path, "--out", tmp_path)
+    for name, std in ((r["layer"], r["std"]) for r in result["responses"]["networks"][0]["layers"]):
+        assert f"\n  {name:24}{std:9.4f} " in text
+    lesion = result["lesions"]["networks"][0]
+    assert f"  layer1.0                {lesion['blocks'][0]['error']:9.2f}{lesion['blocks'][0]['change']:+9.2f}" in text
+
+
+def test_gradients_of_twins_that_are_drawn(output, tmp_path):
+    argv = ("analyze", "--gradients", "--model", "cifar_plain20", "--batch", 16, "--out", tmp_path, *SMALL)
+    networks = json.loads(output(*argv, "--json"))["gradients"]["networks"]
+    assert [n["network"] for n in networks] == ["cifar_resnet20", "cifar_plain20"]
+    plain, residual = ([r["layer"] for r in n["layers"]] for n in networks)
+    assert plain == residual and len(plain) == 20
+    assert [n["layers"] for n in networks] == [
+        n["layers"] for n in json.loads(output(*argv, "--json"))["gradients"]["networks"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["{cifar}"], "choose a measure: --responses, --gradients, --lesions"),
+        (["--lesions"], "name a checkpoint of resnet-fused train"),
+        (["--lesions", "--model", "cifar_resnet20"], "--responses and --lesions are of trained networks"),
+        (["--gradients", "--model", "resnet18"], "needs data"),
+        (["--gradients", "--model", "cifar_resnet20", "{cifar}"], "--model goes without a checkpoint"),
+        (["--lesions", "{plain}"], "lesions need shortcuts"),
+        (["--lesions", "{cifar}", "--out", "{cifar}"], "checkpoint.pt"),
+    ],
+)
+def test_bad_arguments_of_analyze(saved, fails, tmp_path, argv, message):
+    paths = {"cifar": saved("cifar_resnet20"), "plain": saved("cifar_plain20")}
+    assert message in fails("analyze", "--out", tmp_path / "plots", *(arg.format(**paths) for arg in argv))
+
+
+def test_the_degradation_example(monkeypatch, capsys, tmp_path):
+    path = Path(__file__).parent.parent / "examples" / "degradation.py"
+    argv = "--data synthetic:40x8 --batch 8 --iterations 4 --depths 20".split()
+    monkeypatch.setattr(sys, "argv", [str(path), *argv, "--out", str(tmp_path)])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["plain-20", "resnet-20"]
+    with Image.open(tmp_path / "degradation.png") as plot:
+        assert plot.size == (1200, 480)
