@@ -97,10 +97,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("archs", nargs="+", help="as in TORCH_CUDA_ARCH_LIST, built one after the other")
     failures = 0
-    for arch in parser.parse_args(argv).archs:
-        with tempfile.TemporaryDirectory() as folder:
+    parser.add_argument("--wheels", type=Path, help="a folder that keeps a wheel of each")
+    args = parser.parse_args(argv)
+    for arch in args.archs:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) if args.wheels is None else args.wheels / arch
             start = time.perf_counter()
-            library, log = build(arch, Path(folder))
+            library, log = build(arch, folder)
             seconds, size = time.perf_counter() - start, library.stat().st_size / 2**20
             print(f"{arch}: built in {seconds:.0f} s, {size:.1f} MiB")
             failures += check(library, log)
