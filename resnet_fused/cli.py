@@ -96,9 +96,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return value
 
 
@@ -118,6 +121,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     device = _device(args.device)
+    if reason := _registry.unknown(args.backend):
+        raise ValueError(reason)
     weights = args.weights or _default_weights(args.model)
     preset = _preset(args.model, weights)
     transform, classes = preset.transforms(), preset.meta["categories"]
@@ -212,6 +217,8 @@ def _preset(model: str, weights: WeightsArg) -> Any:
 def _read_image(path: str) -> Any:
     from PIL import Image, ImageOps
 
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"image {path}: it is a directory, not an image file")
     if not Path(path).is_file():
         raise FileNotFoundError(f"image {path}: there is no such file")
     try:
@@ -277,6 +284,8 @@ def _gpu(device: torch.device) -> str:
 def _info_text(info: dict[str, Any]) -> str:
     lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
     lines += ["CUDA extension _C", *_rows(info["extension"])]
+    if reason := _registry.unknown(info["backend"]):
+        lines += ["", reason]
     for device, backends in info["backends"].items():
         here = "" if device in info["devices"] else ", none here"
         lines += ["", f"backends on {device} (in use: {info['backend']}{here})"]
