@@ -9,7 +9,6 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _registry, models
+from ._store import installed_version
 from ._version import __version__
+from .bench.engine import resolve_device as _device
 from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
@@ -157,20 +158,6 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; --device cpu works")
-    return device
-
-
 def _default_weights(model: str) -> WeightsArg:
     """torchvision's where cached; else the fetched MSRA; else torchvision's where it can be downloaded; else MSRA."""
     weights = torchvision_enum(TORCHVISION_ENUMS[model]).DEFAULT
@@ -254,8 +241,8 @@ def _collect_info() -> dict[str, Any]:
             "resnet_fused": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": _version("torchvision"),
-            "triton": _version("triton"),
+            "torchvision": installed_version("torchvision"),
+            "triton": installed_version("triton"),
             "cuda": torch.version.cuda,
         },
         "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
@@ -267,13 +254,6 @@ def _collect_info() -> dict[str, Any]:
             for device in (torch.device("cpu"), *(gpus or [torch.device("cuda")]))
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gpu(device: torch.device) -> str:
