@@ -57,12 +57,13 @@ def get_backend() -> str:
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force one backend inside a `with` block, as `set_backend` does; the choice is the process's, not the thread's."""
+    global _forced
     previous = _forced
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(previous)
+        _forced = previous
 
 
 def fuses(device: torch.device) -> bool:
@@ -72,11 +73,18 @@ def fuses(device: torch.device) -> bool:
     return _forced != "eager"
 
 
+def unknown(name: str) -> str | None:
+    """Why there is no backend of this name, which only the environment can give, or None where there is."""
+    if name in ("auto", *BACKENDS):
+        return None
+    return f"there is no backend {name!r}, RESNET_FUSED_BACKEND must be one of {_NAMES}"
+
+
 def _unavailable(name: str, device_type: str, index: int | None) -> str | None:
     if name == "eager":
         return None
-    if name not in _UNAVAILABLE:  # from the environment, which set_backend did not see
-        return f"there is no such backend, RESNET_FUSED_BACKEND must be one of {_NAMES}"
+    if name not in _UNAVAILABLE:
+        return unknown(name)
     return _UNAVAILABLE[name](device_type, index)
 
 

@@ -56,12 +56,17 @@ def environment(device: torch.device) -> dict[str, str]:
         driver = str(torch._C._cuda_getDriverVersion())
     else:
         name, driver = device.type, "none"
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
+    triton = installed_version("triton") or "none"
     versions = {"torch": torch.__version__, "triton": triton, "resnet_fused": __version__, "kernels": _kernels_digest()}
     return {"device": name, "driver": driver, **versions}
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _registry, models
+from ._store import installed_version
 from ._version import __version__
+from .bench.engine import resolve_device as _device
 from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
@@ -110,9 +111,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return value
 
 
@@ -132,6 +136,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     device = _device(args.device)
+    if reason := _registry.unknown(args.backend):
+        raise ValueError(reason)
     weights = args.weights or _default_weights(args.model)
     preset = _preset(args.model, weights)
     transform, classes = preset.transforms(), preset.meta["categories"]
@@ -164,20 +170,6 @@ def _table(result: dict[str, Any]) -> str:
         lines += ["", image["image"]]
         lines += [f"  {row['probability']:7.2%}  {row['class']}" for row in image["top"]]
     return "\n".join(lines)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; --device cpu works")
-    return device
 
 
 def _default_weights(model: str) -> WeightsArg:
@@ -226,6 +218,8 @@ def _preset(model: str, weights: WeightsArg) -> Any:
 def _read_image(path: str) -> Any:
     from PIL import Image, ImageOps
 
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"image {path}: it is a directory, not an image file")
     if not Path(path).is_file():
         raise FileNotFoundError(f"image {path}: there is no such file")
     try:
@@ -261,8 +255,8 @@ def _collect_info() -> dict[str, Any]:
             "resnet_fused": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": _version("torchvision"),
-            "triton": _version("triton"),
+            "torchvision": installed_version("torchvision"),
+            "triton": installed_version("triton"),
             "cuda": torch.version.cuda,
         },
         "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
@@ -276,13 +270,6 @@ def _collect_info() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _gpu(device: torch.device) -> str:
     p = torch.cuda.get_device_properties(device)
     return f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
@@ -291,6 +278,8 @@ def _gpu(device: torch.device) -> str:
 def _info_text(info: dict[str, Any]) -> str:
     lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
     lines += ["CUDA extension _C", *_rows(info["extension"])]
+    if reason := _registry.unknown(info["backend"]):
+        lines += ["", reason]
     for device, backends in info["backends"].items():
         here = "" if device in info["devices"] else ", none here"
         lines += ["", f"backends on {device} (in use: {info['backend']}{here})"]

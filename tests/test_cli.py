@@ -145,7 +145,7 @@ def test_preprocessing_is_that_of_the_weights():
 
 def test_missing_image(fails, checkpoint, tmp_path):
     assert "image nowhere.jpg: there is no such file" in fails("predict", "nowhere.jpg", "--weights", checkpoint)
-    assert "there is no such file" in fails("predict", str(tmp_path), "--weights", checkpoint)
+    assert f"image {tmp_path}: it is a directory" in fails("predict", str(tmp_path), "--weights", checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"no image", b"", b"half"], ids=["text", "empty", "half"])
@@ -161,11 +161,11 @@ def test_broken_image(fails, checkpoint, photo, tmp_path, content):
         (["predict", "--model", "resnet19"], "--model: invalid choice: 'resnet19' (choose from"),
         (["bench", "--model", "resnet19"], "resnet19"),
         (["predict", "--backend", "tpu"], "--backend: invalid choice: 'tpu'"),
-        (["predict", "--top", "0"], "--top: 0 is below 1"),
-        (["predict", "--top", "many"], "--top: invalid positive_int value: 'many'"),
-        (["predict", "--device", "mars"], "--device takes cpu, cuda or cuda:N, got 'mars'"),
-        (["predict", "--device", "meta"], "--device takes cpu, cuda or cuda:N, got 'meta'"),
-        (["predict", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+        (["predict", "--top", "0"], "--top: '0' is not an integer of at least 1"),
+        (["predict", "--top", "many"], "--top: 'many' is not an integer of at least 1"),
+        (["predict", "--device", "mars"], 'device must be "cpu", "cuda" or "cuda:N", got \'mars\''),
+        (["predict", "--device", "meta"], 'device must be "cpu", "cuda" or "cuda:N", got \'meta\''),
+        (["predict", "--device", "cuda:99"], "device 'cuda:99' is not there: PyTorch sees"),
         (["predict", "--weights", "nonsense.ckpt"], "weights='nonsense.ckpt' is not known; accepted are"),
         (["predict", "--weights", "nowhere.pth"], "no such file"),
         (["predict", "--model", "resnet18", "--weights", "MSRA"], "those of resnet50, not of resnet18"),
@@ -188,6 +188,17 @@ def test_backend_that_is_not_there(fails, photo, checkpoint):
         "predict", photo, "--model", "resnet18", "--weights", checkpoint, "--device", "cpu", "--backend", "cuda"
     )
     assert "backend 'cuda' was asked for" in line
+
+
+def test_a_backend_of_the_environment_that_does_not_exist(fails, output, photo, monkeypatch):
+    monkeypatch.setattr(_registry, "_forced", "bad")
+    monkeypatch.setattr(cli, "_default_weights", lambda model: pytest.fail("looked for weights"))
+    reason = "there is no backend 'bad', RESNET_FUSED_BACKEND must be one of auto, cuda, triton"
+    assert reason in fails("predict", photo)
+    assert reason in output("info")
+    with resnet_fused.backend("eager"):
+        pass
+    assert json.loads(output("info", "--json"))["backend"] == "bad"
 
 
 def test_no_network(fails, photo, no_network, capsys):

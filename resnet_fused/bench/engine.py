@@ -66,7 +66,7 @@ def run(
         ImportError: torchvision is not there or does not load.
     """
     _one_of("suite", [suite], SUITES)
-    target = _device(device)
+    target = resolve_device(device)
     on_gpu = target.type == "cuda"
     batch = batch if batch is not None else (128 if on_gpu else 8)
     dtype = dtype if dtype is not None else ("float16" if on_gpu else "float32")
@@ -114,7 +114,8 @@ def _cudnn_benchmark() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _device(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one; ValueError where it is not there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

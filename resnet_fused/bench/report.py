@@ -11,13 +11,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._store import atomic_write
+from .._store import atomic_write, installed_version
 from .._version import __version__
 
 
@@ -134,8 +133,8 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "resnet_fused": __version__,
         "torch": torch.__version__,
-        "torchvision": _version("torchvision"),
-        "triton": _version("triton"),
+        "torchvision": installed_version("torchvision"),
+        "triton": installed_version("triton"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if with_gpu else None,
         "cudnn_benchmark": with_gpu,
@@ -166,10 +165,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
