@@ -32,7 +32,7 @@ def cuda_extension(toolkit: Path) -> dict:
         nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
     extension = CUDAExtension(
         "resnet_fused._C",
-        ["csrc/module.cpp", "csrc/batch_norm_act.cu"],
+        ["csrc/module.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cu"))],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.[ch]*"))],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
     )

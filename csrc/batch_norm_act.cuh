@@ -1,24 +1,12 @@
 // y = act(s * (z - mean) + beta [+ residual | + s2 * (residual - mean2) + beta2]),  z = x [+ pre_add],
 // s = weight / sqrt(var + eps), on activations [rows, channels] (channels_last), in float32.
-// Device code and launch planning without Torch headers: the tests compile this file for the host.
 #pragma once
 
 #include <cstdint>
 
-#include "vec.cuh"
+#include "batch_norm.cuh"
 
 namespace resnet_fused {
-
-enum class DType { kFloat, kHalf, kBFloat16 };
-enum class Residual { kNone, kPlain, kNormalized };
-
-// Vectors [channels]. A null weight is 1, a null bias 0; mean and var null together: no normalisation.
-struct BatchNorm {
-  const void* weight;
-  const void* bias;
-  const void* mean;
-  const void* var;
-};
 
 struct BatchNormActParams {
   const void* x;         // [rows, channels]
@@ -35,54 +23,19 @@ struct BatchNormActParams {
   int64_t stride;  // from one of a thread's packs to its next, in elements: whole rows; set by the plan
 };
 
-constexpr int kBatchNormActThreads = 256;
-
-// v -> scale * (v - mean) + shift
-template <int kVec>
-struct Affine {
-  float scale[kVec];
-  float mean[kVec];
-  float shift[kVec];
-};
-
-template <typename Stat, int kVec>
-__device__ __forceinline__ void load_or(const void* vector, int64_t channel, float otherwise, float (&out)[kVec]) {
-  if (vector != nullptr) {
-    unpack(load<kVec>(static_cast<const Stat*>(vector) + channel), out);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) out[k] = otherwise;
-  }
-}
-
-template <typename Stat, int kVec>
-__device__ __forceinline__ Affine<kVec> load_affine(const BatchNorm& bn, int64_t channel, float eps) {
-  Affine<kVec> affine;
-  load_or<Stat>(bn.weight, channel, 1.f, affine.scale);
-  load_or<Stat>(bn.bias, channel, 0.f, affine.shift);
-  load_or<Stat>(bn.mean, channel, 0.f, affine.mean);
-  if (bn.var != nullptr) {
-    float var[kVec];
-    unpack(load<kVec>(static_cast<const Stat*>(bn.var) + channel), var);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) affine.scale[k] /= sqrtf(var[k] + eps);
-  }
-  return affine;
-}
-
 // A thread keeps its kVec channels: their coefficients stay in registers while it walks down the rows.
-template <typename T, typename Stat, int kVec, Residual kResidual, bool kPreAdd>
-__global__ void __launch_bounds__(kBatchNormActThreads) batch_norm_act_kernel(const BatchNormActParams p) {
+template <typename T, int kVec, Residual kResidual, bool kPreAdd>
+__global__ void __launch_bounds__(kThreads) batch_norm_act_kernel(const BatchNormActParams p) {
   constexpr int kInFlight = kVec == 1 ? 8 : 2;  // packs loaded before the first is used
-  const int64_t first = (int64_t{blockIdx.x} * kBatchNormActThreads + threadIdx.x) * kVec;
+  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (first >= p.stride) return;
   const int64_t channel = first % p.channels;
   const int64_t numel = p.rows * p.channels;
 
-  Affine<kVec> bn = load_affine<Stat, kVec>(p.bn, channel, p.eps);
+  Affine<kVec> bn = load_affine<T, kVec, true>(p.bn, channel, kVec, p.eps);
   [[maybe_unused]] Affine<kVec> shortcut_bn;
   if constexpr (kResidual == Residual::kNormalized) {
-    shortcut_bn = load_affine<Stat, kVec>(p.residual_bn, channel, p.eps);
+    shortcut_bn = load_affine<T, kVec, true>(p.residual_bn, channel, kVec, p.eps);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) bn.shift[k] += shortcut_bn.shift[k];
   }
@@ -131,60 +84,84 @@ __global__ void __launch_bounds__(kBatchNormActThreads) batch_norm_act_kernel(co
   }
 }
 
-using BatchNormActKernel = void (*)(BatchNormActParams);
-
-struct BatchNormActPlan {
-  BatchNormActKernel kernel;
-  int64_t blocks;
+struct BatchNormMaskParams {
+  const void* x;         // [rows, channels]
+  const void* residual;  // [rows, channels]
+  void* y;               // [rows, channels]
+  uint8_t* relu_mask;    // [rows, ceil(channels / 8)]
+  BatchNorm bn;
+  float eps;
+  Tiling tiling;
 };
 
-template <typename T, typename Stat, int kVec, Residual kResidual>
-BatchNormActKernel select_pre_add(const BatchNormActParams& p) {
-  return p.pre_add == nullptr ? batch_norm_act_kernel<T, Stat, kVec, kResidual, false>
-                              : batch_norm_act_kernel<T, Stat, kVec, kResidual, true>;
+// y = relu(BN(x) + residual), and where its gradient passes: channel 8 * i + j is bit j of byte i.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, 2) batch_norm_mask_kernel(const BatchNormMaskParams p) {
+  constexpr int kInFlight = kRowsInFlight<T, kPacked>;
+  const Place at = place(p.tiling);
+  const Affine<kGroup> bn = load_affine<T, kGroup, kPacked>(p.bn, at.channel, at.valid, p.eps);
+  for (int64_t base = at.row; base < at.end; base += kInFlight * at.step) {
+    Pack<T, kGroup> x[kInFlight];
+    Pack<T, kGroup> residual[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t row = base + u * at.step;
+      if (row >= at.end) break;
+      const int64_t i = row * p.tiling.channels + at.channel;
+      x[u] = load_some<kGroup, kPacked>(static_cast<const T*>(p.x) + i, at.valid);
+      residual[u] = load_some<kGroup, kPacked>(static_cast<const T*>(p.residual) + i, at.valid);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t row = base + u * at.step;
+      if (row >= at.end) break;
+      float y[kGroup];
+      float r[kGroup];
+      unpack(x[u], y);
+      unpack(residual[u], r);
+      unsigned passes = 0;
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        y[k] = bn.scale[k] * (y[k] - bn.mean[k]) + bn.shift[k] + r[k];
+        if (y[k] <= 0.f) y[k] = 0.f;  // NaN passes
+        if (k < at.valid && y[k] != 0.f) passes |= 1u << k;
+      }
+      store_some<kPacked>(static_cast<T*>(p.y) + row * p.tiling.channels + at.channel, y, at.valid);
+      p.relu_mask[row * mask_width(p.tiling) + at.channel / kGroup] = static_cast<uint8_t>(passes);
+    }
+  }
 }
 
-template <typename T, typename Stat, int kVec>
-BatchNormActPlan plan_vec(BatchNormActParams& p, int64_t max_threads) {
-  const int64_t rows_at_once = (max_threads * kVec + p.channels - 1) / p.channels;
+// Chooses the kernel and the grid and sets p.stride. max_threads is how many threads the device holds at once; rows and
+// channels are positive.
+inline Launch<BatchNormActParams> plan_batch_norm_act(BatchNormActParams& p, DType dtype, int64_t max_threads) {
+  const int size = dtype == DType::kFloat ? 4 : 2;
+  const bool packed = p.channels % (kAccessBytes / size) == 0 && is_aligned({p.x, p.y, p.residual, p.pre_add, p.sum}) &&
+                      is_aligned(p.bn) && is_aligned(p.residual_bn);
+  const int vec = packed ? kAccessBytes / size : 1;
+  const int64_t rows_at_once = ceil_div(max_threads * vec, p.channels);
   p.stride = (p.rows < rows_at_once ? p.rows : rows_at_once) * p.channels;
-  const int64_t per_block = int64_t{kBatchNormActThreads} * kVec;
-  const int64_t blocks = (p.stride + per_block - 1) / per_block;
-  if (p.residual == nullptr) return {select_pre_add<T, Stat, kVec, Residual::kNone>(p), blocks};
-  if (p.residual_bn.mean == nullptr) return {select_pre_add<T, Stat, kVec, Residual::kPlain>(p), blocks};
-  return {select_pre_add<T, Stat, kVec, Residual::kNormalized>(p), blocks};
+  const Residual residual = residual_kind(p.residual, p.residual_bn);
+  const bool pre_add = p.pre_add != nullptr;
+  const auto kernel = dispatch(dtype, packed, [&](auto type, auto is_packed) {
+    using T = typename decltype(type)::type;
+    constexpr int kVec = decltype(is_packed)::value ? kAccessBytes / int{sizeof(T)} : 1;
+    return dispatch(residual, [&](auto kind) {
+      constexpr Residual kResidual = decltype(kind)::value;
+      return pre_add ? batch_norm_act_kernel<T, kVec, kResidual, true>
+                     : batch_norm_act_kernel<T, kVec, kResidual, false>;
+    });
+  });
+  return {kernel, ceil_div(p.stride, int64_t{kThreads} * vec)};
 }
 
-inline bool is_aligned(const BatchNormActParams& p) {
-  uintptr_t bits = 0;
-  for (const void* pointer :
-       {p.x, static_cast<const void*>(p.y), p.residual, p.pre_add, static_cast<const void*>(p.sum)}) {
-    bits |= reinterpret_cast<uintptr_t>(pointer);
-  }
-  for (const BatchNorm& bn : {p.bn, p.residual_bn}) {
-    for (const void* pointer : {bn.weight, bn.bias, bn.mean, bn.var}) bits |= reinterpret_cast<uintptr_t>(pointer);
-  }
-  return bits % kAccessBytes == 0;
-}
-
-template <typename T, typename Stat>
-BatchNormActPlan plan_dtype(BatchNormActParams& p, int64_t max_threads) {
-  constexpr int kVec = kAccessBytes / sizeof(T);
-  return p.channels % kVec == 0 && is_aligned(p) ? plan_vec<T, Stat, kVec>(p, max_threads)
-                                                 : plan_vec<T, Stat, 1>(p, max_threads);
-}
-
-// Chooses the kernel and the grid and sets p.stride. stat_dtype is kFloat or x_dtype; max_threads is how many threads
-// the device holds at once; rows and channels are positive.
-inline BatchNormActPlan plan_batch_norm_act(BatchNormActParams& p, DType x_dtype, DType stat_dtype,
-                                            int64_t max_threads) {
-  const bool float_stats = stat_dtype == DType::kFloat;
-  if (x_dtype == DType::kFloat) return plan_dtype<float, float>(p, max_threads);
-  if (x_dtype == DType::kHalf) {
-    return float_stats ? plan_dtype<__half, float>(p, max_threads) : plan_dtype<__half, __half>(p, max_threads);
-  }
-  return float_stats ? plan_dtype<__nv_bfloat16, float>(p, max_threads)
-                     : plan_dtype<__nv_bfloat16, __nv_bfloat16>(p, max_threads);
+// p.tiling.rows and .channels are given and positive.
+inline Launch<BatchNormMaskParams> plan_batch_norm_mask(BatchNormMaskParams& p, DType dtype) {
+  const bool packed = p.tiling.channels % kGroup == 0 && is_aligned({p.x, p.residual, p.y}) && is_aligned(p.bn);
+  const auto kernel = dispatch(dtype, packed, [](auto type, auto is_packed) {
+    return batch_norm_mask_kernel<typename decltype(type)::type, decltype(is_packed)::value>;
+  });
+  return {kernel, blocks(p.tiling)};
 }
 
 }  // namespace resnet_fused

@@ -69,11 +69,11 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
   check_activation(t, name);
 }
 
-inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& x, ScalarType dtype) {
+inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1), name, " must have shape [", x.size(1),
                   "], one value per channel of x ", shape(x), ", got ", shape(t));
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name,
-                  " must be float32 or have x's dtype, and all batch-norm vectors of a call must have the same dtype");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), name,
+                  " must be float32 or have x's dtype; its shape is ", shape(t));
   STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) == 1, name, " must be contiguous, got ", layout(t));
   STD_TORCH_CHECK(same_device(t, x), name, " must be on x's device; its shape is ", shape(t));
 }

@@ -112,4 +112,29 @@ __device__ __forceinline__ Pack<T, N> round_to(const float (&values)[N]) {
   return pack;
 }
 
+// The first `valid` values of a pack, zeros after them. Packed: all of them, from a p that is aligned to 16 bytes.
+template <int N, bool kPacked, typename T>
+__device__ __forceinline__ Pack<T, N> load_some(const T* p, [[maybe_unused]] int valid) {
+  if constexpr (kPacked) {
+    return load<N>(p);
+  } else {
+    float values[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) values[k] = k < valid ? to_float(p[k]) : 0.f;
+    return round_to<T>(values);
+  }
+}
+
+template <bool kPacked, typename T, int N>
+__device__ __forceinline__ void store_some(T* p, const float (&values)[N], [[maybe_unused]] int valid) {
+  if constexpr (kPacked) {
+    store(p, round_to<T>(values));
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (k < valid) from_float(values[k], p[k]);
+    }
+  }
+}
+
 }  // namespace resnet_fused

@@ -1,12 +1,16 @@
 """cuDNN's fused convolution + bias (+ add) + ReLU, as PyTorch carries it.
 
-It has no BN: weight and bias are folded anew in every pass, one small launch, so no edit is ever missed.
+It has no BN: weight and bias are folded anew in every pass, one small launch, so no edit is ever missed. Without a ReLU
+PyTorch carries no fused one: its convolution with a bias, then the add.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _triton
+
+WITHOUT_RELU = "cuDNN fuses a convolution only with a ReLU"
 
 if _triton.IMPORT_ERROR is None:
     from ._triton.fold import fold
@@ -22,11 +26,6 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
         return "torch.backends.cudnn.enabled is False"
     reason = _triton.unavailable(device_type, index)
     return reason and f"BN is folded by a Triton kernel, and {reason}"
-
-
-def unsupported(relu: bool) -> str | None:
-    """Why cuDNN can't serve a call, or None."""
-    return None if relu else "cuDNN fuses a convolution only with a ReLU"
 
 
 def conv_bn_act(
@@ -48,6 +47,9 @@ def conv_bn_act(
     """x [N, C, H, W] in channels_last -> y [N, K, P, Q] in channels_last; arguments as in the operator's schema."""
     weight, shift = fold(weight, bias, bn_weight, bn_bias, mean, var, eps)
     conv_args = (stride, padding, dilation, groups)
+    if not relu:
+        y = F.conv2d(x, weight, shift, *conv_args).contiguous(memory_format=torch.channels_last)
+        return y if residual is None else y.add_(residual)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, shift, *conv_args)
     residual = residual.contiguous(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -
     if store is None:
         store = _stores[device] = Store("verdicts", device)
     if key not in store.entries:
-        if _on_gpu(device) and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             reason = f"{key} was not checked before a CUDA graph was captured; run the model once before capture"
             _warn_once(f"resnet_fused: {reason}. This capture holds eager's kernels instead.")
             return reason
@@ -41,6 +41,11 @@ def forget() -> None:
     generation += 1
     _stores.clear()
     _warned.clear()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, inside which nothing can be checked."""
+    return _on_gpu(device) and torch.cuda.is_current_stream_capturing()
 
 
 def _on_gpu(device: torch.device) -> bool:

@@ -308,11 +308,9 @@ def _models_text(rows: list[dict[str, Any]]) -> str:
         name = ", ".join([row["model"], *(f"{key}={value}" for key, value in row["arguments"].items())])
         size, parameters, multiply_adds = row["image_size"], row["parameters"] / 1e6, row["multiply_adds"] / 1e9
         lines.append(f"{name:52}{size:5}{parameters:12.2f} M{multiply_adds:14.3f} G")
+    lines += ["", "Multiply-adds are those of the convolutions and linear layers for one image, from their shapes."]
     lines += [
-        "",
-        "Multiply-adds are those of convolutions and linear layers for one image, by shape. The paper's ResNet-50,",
+        "The paper's ResNet-50, 101 and 152 have the stride on the first 1x1 convolution, torchvision's on the 3x3."
     ]
-    lines += [
-        "101 and 152 have the stride on the first 1x1 convolution, torchvision's on the 3x3. VGG is torchvision's."
-    ]
+    lines += ["VGG is torchvision's."]
     return "\n".join(lines)

@@ -92,12 +92,13 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         model: any model of this package.
         x: [N, 3, H, W], on the model's device.
     """
+    model = getattr(model, "_orig_mod", model)  # a compiled one makes the same choices, but only while it is traced
     buffers = [(b, b.clone()) for b in model.buffers()]
     explainer = _Explainer(model, x.device)
     previous = layers.explainer, _registry.listener
     layers.explainer, _registry.listener = explainer, explainer.served
     try:
-        model(x)
+        model._call_impl(x)  # hooks too, without what model.compile() made
     finally:
         layers.explainer, _registry.listener = previous
         with torch.no_grad():

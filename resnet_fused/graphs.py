@@ -1,12 +1,19 @@
 """A model's forward pass as CUDA graphs, one for each kind of input, behind a plain call."""
 
 from collections.abc import Callable, Hashable
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _registry
+
+_SETTINGS = {  # numbers that a graph holds fast
+    nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups"),
+    nn.BatchNorm2d: attrgetter("eps"),
+    nn.SyncBatchNorm: attrgetter("eps"),
+}
 
 
 class Captured(NamedTuple):
@@ -40,9 +47,10 @@ class Graphed:
     """Calls `model` without gradients, by graph replay where an input like this one was captured.
 
     Replays see every in-place edit of the weights and statistics. A change that a replay would not see (moved or
-    replaced tensors, replaced modules, train() or eval(), hooks, `set_backend`) leads to a new capture. An input of a
-    shape, dtype or layout that was not captured runs as a plain call, as every input does in train mode; `capture`
-    adds it.
+    replaced tensors, replaced modules, their geometry or eps, train() or eval(), hooks) leads to a new capture. An
+    input of a shape, dtype or layout that was not captured, or under another autocast, `set_backend` or
+    `torch.backends.cudnn.conv.fp32_precision`, runs as a plain call, as every input does in train mode; `capture` adds
+    it.
     """
 
     def __init__(self, model: nn.Module, capture: Callable = capture_cuda_graph) -> None:
@@ -52,8 +60,7 @@ class Graphed:
 
     def capture(self, example: Tensor) -> None:
         """Capture a graph for inputs like `example`."""
-        with torch.no_grad():
-            self._captured[_kind(example)] = self._new(example)
+        self._captured[_kind(example)] = self._new(example)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -65,7 +72,7 @@ class Graphed:
         captured.input.copy_(x)
         captured.replay()
         if captured.state != _state(self.model):  # looked at while the replay runs
-            if _trains(self.model):
+            if trains(self.model):
                 return self.model(x)
             captured = self._captured[kind] = self._new(x)
             captured.replay()
@@ -74,9 +81,10 @@ class Graphed:
     def _new(self, example: Tensor) -> Captured:
         state = _state(self.model)
         alive = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
-        if _trains(self.model):
+        if trains(self.model):
             raise ValueError("model must be in eval mode to be captured: warm-up runs would count as batches")
-        return Captured(*self._capture(self.model, example), alive, state)
+        with torch.inference_mode(False), torch.no_grad():  # the graph's tensors are written in later calls
+            return Captured(*self._capture(self.model, example), alive, state)
 
 
 def graphed(model: nn.Module, example: Tensor) -> Graphed:
@@ -98,7 +106,8 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     return result
 
 
-def _trains(model: nn.Module) -> bool:
+def trains(model: nn.Module) -> bool:
+    """Whether a call would count as a batch: the model, one of its BNs or a dropout is in train mode."""
     stateful = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     return any(m.training for m in model.modules() if m is model or isinstance(m, stateful))
 
@@ -106,17 +115,19 @@ def _trains(model: nn.Module) -> bool:
 def _kind(x: Tensor) -> Hashable:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return x.shape, x.stride(), x.dtype, x.device, autocast, _registry.get_backend()
+    precision = torch.backends.cudnn.conv.fp32_precision
+    return x.shape, x.stride(), x.dtype, x.device, autocast, precision, _registry.get_backend()
 
 
 def _state(model: nn.Module) -> Hashable:
-    """What a replay would not see: modules, modes, hooks, and where the tensors lie."""
+    """What a replay would not see: modules, modes, settings, hooks, and where the tensors lie; looked at every call."""
     modules = list(model.modules())
     return (
-        tuple(map(id, modules)),
+        tuple(modules),
         tuple(m.training for m in modules),
-        tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
-        tuple("forward" in m.__dict__ for m in modules),
+        tuple(_SETTINGS[type(m)](m) for m in modules if type(m) in _SETTINGS),
+        tuple((*m._forward_hooks, *m._forward_pre_hooks) for m in modules),  # ids that are never given twice
+        tuple(m.__dict__.get("forward") for m in modules),
         tuple(
             (t.data_ptr(), t.dtype)
             for m in modules

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _registry, _tuned
+from .graphs import trains
 from .ops.conv_bn_act import backends, reference
 
 Timer = Callable[[Callable[[], Any]], float]  # a launch -> milliseconds
@@ -34,8 +35,11 @@ def tune(model: nn.Module, x: Tensor, timer: Timer = _cuda_timer) -> dict[str, d
         {layer shape: {"backend", "config", "ms", "candidates"}}, the fastest of `candidates` for every layer shape.
 
     Raises:
-        ValueError: x is not on a CUDA device and no timer is given, or nothing is fused there.
+        ValueError: the model is in train mode, x is not on a CUDA device and no timer is given, or nothing is fused
+            there.
     """
+    if trains(model):
+        raise ValueError("model must be in eval mode to be tuned: only that runs the convolutions that are timed")
     if timer is _cuda_timer and not x.is_cuda:
         raise ValueError(f"x must be on a CUDA device to be timed, got {x.device}")
     if not _registry.fuses(x.device):

@@ -22,7 +22,7 @@ def op_args(args: tuple, kwargs: dict) -> tuple:
 
 def check(case, dtype: torch.dtype, **options: int) -> None:
     args, kwargs = make_inputs(case, dtype=dtype)
-    results = host_cuda.host_batch_norm_act(*op_args(args, kwargs), **options)
+    results = host_cuda.batch_norm_act(*op_args(args, kwargs), **options)
     assert_within_budget(case, results if "pre_add" in kwargs else results[:1], args, kwargs)
 
 
@@ -51,7 +51,7 @@ def test_misaligned_vectors():
     args, kwargs = make_inputs(case, dtype=torch.bfloat16)
     shifted = tuple(torch.cat([v.new_zeros(1), v])[1:] for v in args[1:])
     assert shifted[0].data_ptr() % 16
-    y, _ = host_cuda.host_batch_norm_act(*op_args((args[0], *shifted), kwargs))
+    y, _ = host_cuda.batch_norm_act(*op_args((args[0], *shifted), kwargs))
     assert_within_budget(case, (y,), args, kwargs)
 
 
@@ -59,20 +59,20 @@ def test_misaligned_vectors():
 def test_128_bits_a_thread_where_alignment_allows(dtype):
     x = image(2, 64, 8, 8, dtype=dtype)
     plain = (None,) * 4
+    call = (x, *plain, 1e-5, None, *plain, None, True)
     packs = x.numel() * dtype.itemsize // 16
-    assert host_cuda.run(x, *plain, 1e-5, None, *plain, None, True, max_threads=1 << 20)[2] == packs // 256
-    scalar = host_cuda.run(x, *plain, 1e-5, None, *plain, None, True, max_threads=1 << 20, offset=1)
-    assert scalar[2] == x.numel() // 256
+    assert host_cuda.batch_norm_act_and_blocks(*call, max_threads=1 << 20)[2] == packs // 256
+    assert host_cuda.batch_norm_act_and_blocks(*call, max_threads=1 << 20, offset=1)[2] == x.numel() // 256
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_normalisation_z_itself(dtype):
     x, residual, pre_add = (image(2, 24, 3, 5, dtype=dtype, seed=seed) for seed in range(3))
     plain = (None,) * 4
-    y, total = host_cuda.host_batch_norm_act(x, *plain, 1e-5, None, *plain, pre_add, False)
+    y, total = host_cuda.batch_norm_act(x, *plain, 1e-5, None, *plain, pre_add, False)
     assert torch.equal(total, x + pre_add)
     assert torch.equal(y, total)
-    y, total = host_cuda.host_batch_norm_act(x, *plain, 1e-5, residual, *plain, None, True)
+    y, total = host_cuda.batch_norm_act(x, *plain, 1e-5, residual, *plain, None, True)
     assert torch.equal(y, torch.relu(x + residual))
     assert total.shape == (0,)
 
@@ -83,7 +83,7 @@ def test_nan_and_infinity_as_in_eager(dtype, C):
     x = image(1, C, 2, 4, dtype=dtype)
     x[0, 0, 0, 0], x[0, 1, 0, 1], x[0, 2, 0, 2] = float("nan"), float("inf"), -float("inf")
     mean, var = torch.zeros(C), torch.ones(C)
-    y, _ = host_cuda.host_batch_norm_act(x, None, None, mean, var, 0.0, None, *[None] * 4, None, True)
+    y, _ = host_cuda.batch_norm_act(x, None, None, mean, var, 0.0, None, *[None] * 4, None, True)
     assert torch.equal(y.nan_to_num(nan=-1), torch.relu(x).nan_to_num(nan=-1))
     assert y[0, 0, 0, 0].isnan()
 
@@ -92,7 +92,7 @@ def test_the_mean_is_subtracted_first():
     C = 64
     x = image(1, C, 8, 8, dtype=torch.float32) + 1e3
     mean, var, weight, bias = torch.full((C,), 1e3), torch.ones(C), torch.linspace(0.1, 0.9, C), torch.zeros(C)
-    y, _ = host_cuda.host_batch_norm_act(x, weight, bias, mean, var, 0.0, None, *[None] * 4, None, False)
+    y, _ = host_cuda.batch_norm_act(x, weight, bias, mean, var, 0.0, None, *[None] * 4, None, False)
     oracle = weight.double()[:, None, None] * (x.double() - 1e3)
     assert (y - oracle).abs().max() < 1e-6
 
@@ -102,17 +102,20 @@ def test_the_sum_is_rounded_before_it_is_normalised(dtype):
     C = 24
     x, pre_add = image(2, C, 3, 5, dtype=dtype) + 64, image(2, C, 3, 5, dtype=dtype, seed=1)
     mean, var = torch.full((C,), 64.0), torch.ones(C)
-    y, total = host_cuda.host_batch_norm_act(x, None, None, mean, var, 0.0, None, *[None] * 4, pre_add, False)
+    y, total = host_cuda.batch_norm_act(x, None, None, mean, var, 0.0, None, *[None] * 4, pre_add, False)
     assert torch.equal(y, total - 64)
 
 
-def test_the_guards_see_a_stray_write():
-    output = host_cuda.Output(torch.zeros(1, 2, 3, 4))
-    output.tensor.zero_()
-    output.check()
-    output.bits[output.end] = 0
-    with pytest.raises(AssertionError, match="outside"):
-        output.check()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_vectors_of_two_dtypes(dtype):
+    args, kwargs = make_inputs(BY_ID["bn-two-bn-join"], dtype=dtype)
+    half = [v.to(dtype) for v in args[1:3]]
+    for results in zip(
+        host_cuda.batch_norm_act(*op_args((args[0], *half, *args[3:]), kwargs)),
+        host_cuda.batch_norm_act(*op_args((args[0], *(v.float() for v in half), *args[3:]), kwargs)),
+        strict=True,
+    ):
+        assert torch.equal(*results)
 
 
 def image(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

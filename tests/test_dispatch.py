@@ -42,6 +42,16 @@ def test_explain_names_op_and_backend_and_leaves_the_model_alone():
     assert rows[2].modules == "Conv2d + BatchNorm2d + add + ReLU"
 
 
+def test_a_compiled_model_is_explained_as_the_model():
+    model = resnet_fused.ResNet(resnet_fused.BasicBlock, [1, 1, 1, 1]).eval()
+    with torch.no_grad(), resnet_fused.backend("triton"):
+        rows = explain(model, X[:1])
+        assert rows[0].ran == ["conv_bn_act: triton"]
+        assert explain(torch.compile(model, backend="eager"), X[:1]) == rows
+        model.compile(backend="eager")
+        assert explain(model, X[:1]) == rows
+
+
 def test_the_context_manager_restores_what_was_set():
     resnet_fused.set_backend("triton")
     with pytest.raises(ZeroDivisionError), resnet_fused.backend("eager"):

@@ -5,12 +5,13 @@ import json
 import pytest
 import skimage.data
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
 
 import resnet_fused
-from resnet_fused import _store, _tuned, explain, tune
+from resnet_fused import _cudnn, _onednn, _registry, _store, _tuned, explain, tune
 from resnet_fused.models import get_model
 from resnet_fused.ops._numerics import largest
 from resnet_fused.ops.conv_bn_act import backends
@@ -181,9 +182,11 @@ def test_tuned_entries_are_not_trusted_blindly(own_store, small):
         found = tune(ours, x, lambda launch: 1.0)
         (path,) = own_store.glob("tuned-*.json")
         content = json.loads(path.read_text())
-        for i, key in enumerate(found):
-            wrong = [None, 3, {"backend": "none", "config": None}, {"backend": "triton"}]
-            content["entries"][key] = wrong[i % 4]
+        wrong = [3, {"backend": "none", "config": None}, {"backend": ["triton"], "config": None}, {"backend": "triton"}]
+        tiles = [[1], "x", {}, {"BLOCK_M": 3}, found[next(iter(found))]["config"] | {"BLOCK_M": 48}]
+        wrong += [{"backend": "triton", "config": tile} for tile in tiles]
+        content["entries"] = dict(zip(found, wrong, strict=False))
+        assert len(found) >= len(wrong)
         path.write_text(json.dumps(content))
         _tuned.forget()
         assert_close(ours, theirs, x)
@@ -194,6 +197,9 @@ def test_tune_says_what_it_needs():
     with pytest.raises(ValueError, match="x must be on a CUDA device to be timed, got cpu"):
         tune(ours, X)
     with pytest.raises(ValueError, match="nothing is fused on cpu under backend 'auto'"):
+        tune(ours, X, lambda launch: 1.0)
+    ours.layer1[0].bn1.train()
+    with pytest.raises(ValueError, match="model must be in eval mode to be tuned"), resnet_fused.backend("triton"):
         tune(ours, X, lambda launch: 1.0)
 
 
@@ -222,3 +228,39 @@ def test_fold(dtype):
         assert w.dtype == b.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last)
         assert largest(w.double() - weight.double() * scale[:, None, None, None]) <= eps * largest(w)
         assert largest(b.double() - shift) <= eps * largest(b) + 1e-6
+
+
+def test_forced_cudnn_serves_whole_models(monkeypatch, small):
+    """cuDNN's two operators are played by PyTorch's CPU convolution, the fold by oneDNN's."""
+
+    def conv_relu(x, w, b, *geometry):
+        return F.conv2d(x, w, b, *geometry).relu()
+
+    def conv_add_relu(x, w, z, alpha, b, *geometry):
+        return (F.conv2d(x, w, b, *geometry) + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+    monkeypatch.setattr(_cudnn, "fold", _onednn._fold)
+    monkeypatch.setitem(_registry._UNAVAILABLE, "cudnn", lambda *device: None)
+    ours, theirs, x = small
+    with resnet_fused.backend("cudnn"):
+        assert_close(ours, theirs, x)
+        with torch.no_grad():
+            rows = [r for r in explain(ours, x) if "BatchNorm2d" in r.modules]
+    for row in rows:
+        assert row.ran == ["conv_bn_act: cudnn"]
+        assert ("cudnn in one kernel: cuDNN fuses a convolution only with a ReLU" in str(row.why)) == (
+            "downsample" in row.layer
+        )
+    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
+    with torch.no_grad():
+        assert {r.layer: r.ran for r in explain(ours, x)}["layer2.0.downsample.0"] == ["conv_bn_act: triton"]
+
+
+@pytest.mark.parametrize("residual", [None, torch.randn(1, 8, 5, 5)])
+def test_cudnn_without_relu(residual):
+    x, weight, bias = torch.randn(1, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.randn(8)
+    y = _cudnn.conv_bn_act(x, weight, bias, *[None] * 4, 1e-5, [1, 1], [1, 1], [1, 1], 1, residual, False)
+    expected = F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(y, expected if residual is None else expected + residual)

@@ -3,14 +3,20 @@
 import pytest
 import torch
 import torchvision
+from batch_norm_train import BN_CASES, check_case, train
+from test_layers import EDITS, assert_same, twins
+from torch import nn
 
 import resnet_fused
-from resnet_fused import _registry, testing
-from resnet_fused.models import get_model, list_models
+from resnet_fused import _cuda, _registry, _store, _trust, _tuned, testing
+from resnet_fused._triton import batch_norm_train
+from resnet_fused.models import get_model
+from resnet_fused.models.weights import TORCHVISION_ENUMS
 from resnet_fused.testing import CASES, DTYPES, LAYOUTS, check, make_inputs
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["auto", "cuda", "triton", "cudnn"]
+DEVICE = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +31,57 @@ def force(backend):
     return resnet_fused.backend(backend)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_within_budget_of_float64(case, backend):
+def test_within_budget_of_float64(case, backend, dtype, layout):
+    if case.large and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
+        pytest.skip("large cases run once")
+    with force(backend):
+        try:
+            check(case, dtype=dtype, device="cuda", layout=layout)
+        except resnet_fused.BackendUnavailable as reason:
+            assert backend != "auto" and any(known in str(reason) for known in ("torch.float", "cudnn serves"))
+            pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize(
+    "case", [*BN_CASES, *(c for c in CASES if c.id.startswith("bn") and c.large)], ids=lambda c: c.id
+)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_training_within_budget_of_float64(case, backend):
     for dtype in DTYPES[:1] if case.large else DTYPES:
-        for layout in LAYOUTS[:1] if case.large else LAYOUTS:
-            with force(backend):
-                try:
-                    check(case, dtype=dtype, device="cuda", layout=layout)
-                except resnet_fused.BackendUnavailable as reason:
-                    assert any(known in str(reason) for known in ("torch.float", "only with a ReLU", "cudnn serves"))
-                    pytest.skip(str(reason))
+        force(backend)
+        check_case(case, dtype, backend, "cuda")
 
 
-@pytest.mark.parametrize("name", list_models()[:10])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("id", ["bn-join", "bn-two-bn-join", "bn-pre-add", "bn-10-channels"])
+def test_training_twice_gives_the_same_bits(id, backend):
+    case = next(c for c in CASES if c.id == id)
+    args, kwargs = make_inputs(case, dtype=torch.bfloat16, device="cuda")
+    with force(backend):
+        first, second = (train(case, testing.OPS[case.op], args, kwargs) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("writer, reader", [("cuda", "triton"), ("triton", "cuda")])
+@pytest.mark.parametrize("C", [8, 10, 300])
+def test_masks_go_from_one_backend_to_the_other(C, writer, reader):
+    kernels = {"cuda": _cuda, "triton": batch_norm_train}
+    x, residual, dy = (torch.randn(2, C, 5, 3, device="cuda", dtype=torch.float16) for _ in range(3))
+    x, residual, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual, dy))
+    mean, var, nothing = torch.zeros(C, device="cuda"), torch.ones(C, device="cuda"), (None,) * 5
+    with force(writer), force(reader):
+        masks = [kernels[b].apply_with_mask(x, None, None, mean, var, 0.0, residual)[1] for b in (writer, reader)]
+        call = (dy, x, None, None, mean, var, 0.0, *nothing, masks[0], True)
+        sums = [kernels[b].backward_sums(*call)[0] for b in (writer, reader)]
+    assert torch.equal(*masks)
+    torch.testing.assert_close(*sums)
+
+
+@pytest.mark.parametrize("name", TORCHVISION_ENUMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_models_against_torchvision(name, dtype, backend):
@@ -78,12 +121,117 @@ def test_second_device():
     check(case, dtype=torch.float16, device="cuda:1")
 
 
-def test_past_2_to_the_31_elements():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_past_2_to_the_31_elements(backend):
     x = torch.randn(1, 8, device="cuda", dtype=torch.float16).expand(2**28 + 7, 8).contiguous()
     x = x.view(1, 2**28 + 7, 1, 8).permute(0, 3, 1, 2)
     vectors = [v.cuda() for v in (torch.rand(8) + 1, torch.randn(8), torch.randn(8), torch.rand(8) + 1)]
-    for backend in ("cuda", "triton"):
-        with force(backend), torch.no_grad():
-            y = resnet_fused.ops.batch_norm_act(x, *vectors, training=False)
-            expected = resnet_fused.ops.batch_norm_act(x[:, :, -9:], *vectors, training=False)
-            assert torch.equal(y[:, :, -9:], expected)
+    with force(backend), torch.no_grad():
+        y = resnet_fused.ops.batch_norm_act(x, *vectors, training=False)
+        expected = resnet_fused.ops.batch_norm_act(x[:, :, -9:], *vectors, training=False)
+        assert torch.equal(y[:, :, -9:], expected)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gradients_past_2_to_the_31_elements(backend):
+    x, dy = (torch.randn(1, 8, 2**28 + 7, 1, device="cuda", dtype=torch.float16) for _ in range(2))
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    vectors = [v.cuda() for v in (torch.rand(8) + 1, torch.randn(8), torch.randn(8), torch.rand(8) + 1)]
+
+    def gradients(x, residual, dy):
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y = resnet_fused.ops.batch_norm_act(x, *vectors, residual=residual, training=False)
+        return torch.autograd.grad(y, (x, residual), dy)
+
+    with force(backend):
+        whole = gradients(x, dy, dy)
+        alone = gradients(*(t[:, :, -9:].contiguous(memory_format=torch.channels_last) for t in (x, dy, dy)))
+    assert all(torch.equal(a[:, :, -9:], b) for a, b in zip(whole, alone, strict=True))
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda e: e.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_next_pass_sees_every_edit(edit, backend):
+    ours, theirs = (m.to(DEVICE) for m in twins())
+    with force(backend):
+        assert_same(ours, theirs, backend)
+        edit(ours), edit(theirs)
+        assert_same(ours, theirs, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_autocast_runs_the_fused_kernels(dtype):
+    ours, theirs = (m.to(DEVICE) for m in twins())
+    x = torch.randn(4, 3, 64, 64, device=DEVICE)
+    with torch.no_grad():
+        exact = theirs.double()(x.double())
+        with torch.autocast(DEVICE.type, dtype):
+            y, expected = ours(x), theirs.float()(x)
+            rows = [r for r in resnet_fused.explain(ours, x) if "Conv2d" in r.modules]
+    assert y.dtype == dtype and not any("eager" in ran for r in rows for ran in r.ran)
+    budget = 2 * (expected - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (y - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
+@pytest.mark.parametrize("recompute", [None, "activations", "blocks"])
+def test_train_steps_follow_torchvision(recompute, backend, dtype):
+    losses = []
+    for model in twins(zero_init_residual=True):  # else rounding errors grow in a few steps, eager's too
+        model = model.to(DEVICE).train()
+        ours = isinstance(model, resnet_fused.ResNet)
+        if ours:
+            model.set_recompute(recompute)
+        torch.manual_seed(0)
+        x, target = torch.randn(16, 3, 64, 64, device=DEVICE), torch.arange(16, device=DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0, enabled=dtype == torch.float16)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with force(backend if ours else "auto"):
+                with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                    loss = nn.functional.cross_entropy(model(x), target)
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    rtol = 1e-3 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(torch.tensor(losses[:3]), torch.tensor(losses[3:]), rtol=rtol, atol=0)
+
+
+def test_graphed_replays_what_the_model_computes():
+    ours, theirs = (m.to(DEVICE) for m in twins())
+    x = torch.randn(2, 3, 64, 64, device=DEVICE)
+    graphed = resnet_fused.graphed(ours, x)
+    for edit in (lambda model: None, *EDITS):
+        edit(ours), edit(theirs)
+        for images in (x, x + 1, x[:1]):
+            with torch.no_grad():
+                expected = theirs(images)
+            torch.testing.assert_close(graphed(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_an_unchecked_kernel_is_eager_inside_a_capture(monkeypatch, tmp_path):
+    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
+    _trust.forget()
+    case = next(c for c in CASES if c.id == "bn-two-bn-join")
+    args, kwargs = make_inputs(case, dtype=torch.float32, device="cuda")
+    with resnet_fused.backend("eager"):
+        expected = testing.OPS[case.op](*args, **kwargs)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(UserWarning, match="capture"), torch.cuda.graph(graph):
+        captured = testing.OPS[case.op](*args, **kwargs)
+    graph.replay()
+    torch.testing.assert_close(captured, expected)
+
+
+def test_tune_times_every_layer_and_its_winners_are_right(monkeypatch, tmp_path):
+    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
+    _tuned.forget()
+    ours, theirs = (m.to(DEVICE) for m in twins())
+    x = torch.randn(2, 3, 33, 35, device=DEVICE)
+    found = resnet_fused.tune(ours, x)
+    assert len(found) > 6 and all(entry["candidates"] > 1 for entry in found.values())
+    assert_same(ours, theirs, "auto")
+    _tuned.forget()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.graphs import Graphed
+from resnet_fused.graphs import Graphed, _kind, _state
 
 X = torch.randn(2, 3, 32, 32)
 
@@ -100,6 +100,37 @@ def test_a_change_that_a_replay_would_not_see_is_captured_anew(setup, change):
     assert recorder.captures == 2
 
 
+def test_settings_and_each_hook_are_part_of_the_state():
+    model = resnet_fused.ResNet(resnet_fused.BasicBlock, [1, 1, 1, 1]).eval()
+    conv, hooks = model.layer1[0].conv1, [model.fc.register_forward_hook(lambda module, args, out: out + 1)]
+
+    def replace_hook():
+        hooks[0].remove()
+        model.fc.register_forward_hook(lambda module, args, out: out * 5)
+
+    for change in (
+        replace_hook,
+        lambda: setattr(model.bn1, "eps", 0.5),
+        *(lambda name=name: setattr(conv, name, (2, 2)) for name in ("stride", "padding", "dilation")),
+        lambda: setattr(conv, "groups", 2),
+        lambda: setattr(model.relu, "forward", torch.nn.functional.gelu),
+        lambda: setattr(model.relu, "forward", torch.nn.functional.silu),
+    ):
+        before = _state(model)
+        assert _state(model) == before
+        change()
+        assert _state(model) != before
+
+
+def test_another_precision_of_convolutions_is_another_kind():
+    conv, before = torch.backends.cudnn.conv, (_kind(X), torch.backends.cudnn.conv.fp32_precision)
+    conv.fp32_precision = "ieee"
+    try:
+        assert _kind(X) != before[0]
+    finally:
+        conv.fp32_precision = before[1]
+
+
 def test_edits_in_place_need_no_new_capture(setup):
     model, graphed, recorder = setup
     torch.manual_seed(4)
@@ -125,6 +156,17 @@ def test_modes_and_backends(setup):
         model.eval()
     assert_right(model, graphed)
     assert recorder.captures == 1
+
+
+def test_captures_under_inference_mode_serve_outside_it(setup):
+    model, graphed, recorder = setup
+    replace_parameter(model)
+    with torch.inference_mode():
+        graphed.capture(X[:1].clone())
+        graphed(X)  # captured anew
+    assert_right(model, graphed, X[:1])
+    assert_right(model, graphed)
+    assert (recorder.captures, recorder.replays) == (3, 4)
 
 
 def test_the_example_has_to_be_on_a_gpu():

@@ -189,3 +189,27 @@ def test_fx_trace_keeps_the_block_a_leaf():
     with torch.no_grad():
         traced.train()(x + 1), model.eval()
         assert torch.equal(traced.eval()(x), model(x))  # train mode reached the traced BN: shared running statistics
+
+
+def test_a_subclass_may_call_forward_impl():
+    class Doubled(ResNet):
+        def forward(self, x):
+            return 2 * self._forward_impl(x)
+
+    torch.manual_seed(0)
+    doubled, x = Doubled(resnet_fused.BasicBlock, [1, 1, 1, 1]).eval(), torch.randn(1, 3, 32, 32)
+    assert torch.equal(doubled(x), 2 * ResNet.forward(doubled, x))
+    preact = resnet_fused.models.PreActResNet(resnet_fused.models.PreActBasicBlock, [1, 1, 1, 1]).eval()
+    assert torch.equal(preact(x), preact._forward_impl(x))
+
+
+def test_pretrained_is_taken_as_torchvision_takes_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(resnet_fused.models.resnet, "resolve", lambda name, weights: asked.append((name, weights)))
+    with pytest.warns(UserWarning, match="'pretrained' is deprecated; it stands for weights='IMAGENET1K_V1'"):
+        resnet_fused.resnet18(pretrained=True)
+    with pytest.warns(UserWarning, match="'pretrained' is deprecated; it stands for weights=None"):
+        resnet_fused.resnet18(pretrained=False)
+    assert asked == [("resnet18", "IMAGENET1K_V1"), ("resnet18", None)]
+    with pytest.raises(TypeError, match="pretrained"):
+        resnet_fused.resnet18(weights="DEFAULT", pretrained=True)

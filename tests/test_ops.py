@@ -1,5 +1,6 @@
 """The operators' contracts: numbers, gradients, layouts, registration, errors."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,8 +264,26 @@ W = torch.randn(6, 4, 3, 3)
         (lambda: ops.conv_bn_act(X, W, *[None] * 4, residual=X), r"residual must have shape \(2, 6, 3, 3\)"),
         (lambda: ops.conv_bn_act(X, W, torch.ones(6), None, None, None), "running_mean and running_var must be given"),
         (lambda: ops.conv_bn_act(X, W, *[None] * 4, groups=3), "divisible by groups=3"),
+        (lambda: ops.conv_bn_act(X, W, *[None] * 4, groups=0), "groups must be an integer of at least 1, got 0"),
+        (lambda: ops.conv_bn_act(X, W, *[None] * 4, stride=(1.5, 1)), r"stride must be .* integers.* got \(1.5, 1\)"),
     ],
 )
 def test_errors_name_the_argument_and_what_is_accepted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_a_kernel_larger_than_the_image_is_an_error_that_later_calls_survive(backend):
+    small, weight = torch.randn(1, 4, 2, 3), torch.randn(6, 4, 3, 2)
+    with resnet_fused.backend(backend), torch.no_grad():
+        with pytest.raises(ValueError, match=r"kernel \(3, 2\) .* \(2, 3\) pixels .* must be \(3, 2\) pixels or more"):
+            ops.conv_bn_act(small, weight, *[None] * 4)
+        assert ops.conv_bn_act(small, weight, *[None] * 4, padding=(1, 0)).shape == (1, 6, 2, 2)
+        assert ops.conv_bn_act(X, weight, *[None] * 4).shape == (2, 6, 3, 4)
+
+
+def test_integers_of_any_kind():
+    two = np.int64(2)
+    y = ops.conv_bn_act(X, W[:, :2], *[None] * 4, stride=two, padding=(two, 1), groups=two)
+    assert torch.equal(y, F.conv2d(X, W[:, :2], None, 2, (2, 1), groups=2).relu())

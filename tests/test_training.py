@@ -7,56 +7,24 @@ import threading
 import pytest
 import torch
 import torchvision
+from batch_norm_train import BN_CASES, check_case, train
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
 from resnet_fused import explain, ops, testing
-from resnet_fused.testing import CASES, Case, make_inputs
+from resnet_fused.testing import make_inputs
 
-BN_CASES = [c for c in CASES if c.op == "batch_norm_act" and not c.large and c.id not in ("bn-empty", "bn-1-pixel")]
 MODES = [None, "activations", "blocks"]
 X = torch.randn(4, 3, 33, 33, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(4)
 
 
-def train(case: Case, function, args, kwargs, absolute=False):
-    """Results, running statistics afterwards, and gradients, of a call in training."""
-    if absolute:
-        args, kwargs = testing.absolute(args, kwargs)
-    args, kwargs = testing.map_tensors((args, kwargs), lambda t: t.detach().clone(memory_format=torch.preserve_format))
-    kwargs["training"] = True
-    leaves = [a for a in args[:3] if a is not None] + [kwargs[k] for k in ("residual", "pre_add") if k in kwargs]
-    leaves += [v for v in kwargs.get("residual_bn", ())[:2] if v is not None]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    results = testing.as_tuple(function(*args, **kwargs))
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((r * torch.randn(r.shape, generator=generator).to(r)).sum() for r in results)
-    gradients = torch.autograd.grad(loss, leaves)
-    statistics = [*args[3:5], *kwargs.get("residual_bn", ())[2:]]
-    return [*results, *statistics, *gradients]
-
-
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("case", BN_CASES, ids=lambda c: c.id)
 def test_batch_statistics_within_budget_of_float64(case, dtype):
-    args, kwargs = make_inputs(case, dtype=dtype)
-    reference = testing.REFERENCES[case.op]
-    oracles = train(case, reference, *testing.map_tensors((args, kwargs), torch.Tensor.double))
-    plains = train(case, reference, args, kwargs)
-    with resnet_fused.backend("triton"), testing.nan_filled_memory():
-        fused = train(case, ops.batch_norm_act, args, kwargs)
-    N, C, H, W = case.shape
-    for i, (result, oracle, plain) in enumerate(zip(fused, oracles, plains, strict=True)):
-        assert result.dtype == plain.dtype and result.shape == plain.shape
-        # a sum of N * H * W terms of size 1: 2^-24 times the formula on absolute values
-        magnitude = N * H * W if oracle.dim() == 1 else testing.largest(oracle) + abs(case.mean)
-        budget = 2 * testing.largest(plain.double() - oracle) + torch.finfo(result.dtype).eps * testing.largest(oracle)
-        budget += 2**-24 * magnitude
-        error = testing.largest(result.double() - oracle)
-        assert error <= budget, f"{case.id}: tensor {i} is off by {error:.3g}, the budget is {budget:.3g}"
+    check_case(case, dtype, "triton")
 
 
 def test_large_mean_keeps_five_digits():

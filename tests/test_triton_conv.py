@@ -194,22 +194,30 @@ def test_the_stem_copies_no_layout(id, copies, layout):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the memory is the operating system's, never touched")
-@pytest.mark.parametrize("C, stride_c", [(32, 1), (2, 2**30)], ids=["channels_last", "contiguous"])
-def test_offsets_past_2_31(C, stride_c):
-    """Images of 2^31 elements, of which only the pixels that a strided 1x1 convolution reads exist."""
-    side = 2**13 if C == 32 else 2**15
-    stride = side // 2
+@pytest.mark.parametrize(
+    "C, H, W, channels_last, dilated",
+    [
+        (32, 2**13, 2**13, True, False),
+        (32, 2, 2**28, True, False),
+        (128, 2**13, 2**13, True, True),
+        (2, 2**15, 2**15, False, False),
+        (3, 2**15, 2**15, False, False),
+    ],
+    ids=["image", "column", "tap", "stem-image", "stem-channel"],
+)
+def test_offsets_past_2_31(C, H, W, channels_last, dilated):
+    """Images of 2^31 elements and more, of which only the 2 x 2 pixels that the convolution reads exist."""
+    half = [H // 2, W // 2]
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
-    storage = torch.frombuffer(mmap.mmap(-1, 2 * 2**31 * 2, flags), dtype=torch.float16)
-    stride_w = C if stride_c == 1 else 1
-    x = storage.as_strided((2, C, side, side), (2**31, stride_c, side * stride_w, stride_w))
+    storage = torch.frombuffer(mmap.mmap(-1, 2 * C * H * W * 2, flags), dtype=torch.float16)
+    strides = (1, C * W, C) if channels_last else (H * W, W, 1)
+    x = storage.as_strided((2, C, H, W), (C * H * W, *strides))
     pixels = torch.randn((2, C, 2, 2)).half()
     for i, j in product(range(2), range(2)):
-        x[:, :, i * stride, j * stride] = pixels[:, :, i, j]
-    weight = torch.randn((16, C, 1, 1)).half()
-    y = triton_conv.conv_bn_act(
-        x, weight, None, None, None, None, None, 1e-5, [stride] * 2, [0, 0], [1, 1], 1, None, False
-    )
+        x[:, :, i * half[0], j * half[1]] = pixels[:, :, i, j]
+    weight = torch.randn((16, C, 2, 2) if dilated else (16, C, 1, 1)).half()
+    stride, dilation = ([H, W], half) if dilated else (half, [1, 1])
+    y = triton_conv.conv_bn_act(x, weight, None, None, None, None, None, 1e-5, stride, [0, 0], dilation, 1, None, False)
     expected = torch.nn.functional.conv2d(pixels.double(), weight.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
 

@@ -9,6 +9,7 @@ import torch
 import resnet_fused
 from resnet_fused import _registry, _store, _trust, ops, testing
 from resnet_fused.ops.batch_norm_act import steps
+from resnet_fused.ops.conv_bn_act import backends, reference
 from resnet_fused.testing import CASES, make_inputs
 
 CASE = next(c for c in CASES if c.id == "bn-join")
@@ -126,6 +127,50 @@ def test_an_unchecked_kernel_inside_a_capture_gives_eagers_result(monkeypatch):
     with pytest.warns(UserWarning, match="run the model once before capture"):
         y, expected = call()
     assert torch.equal(y, expected)
+
+
+@pytest.fixture
+def conv_launches(monkeypatch):
+    """The backends that convolutions are launched on; cuDNN is there, and checked like Triton."""
+    launched = []
+
+    def launch(backend, args, config=None):
+        launched.append(backend)
+        positional, kwargs = backends.reference_arguments(args)
+        return reference(*positional, **kwargs)
+
+    monkeypatch.setattr(backends, "launch", launch)
+    monkeypatch.setattr(backends, "_plans", {})
+    monkeypatch.setitem(_registry._UNAVAILABLE, "cudnn", lambda *device: None)
+    return launched
+
+
+def call_conv(width=4):
+    with torch.no_grad():
+        ops.conv_bn_act(torch.randn(1, 8, 4, width), torch.randn(8, 8, 1, 1), *[torch.ones(8)] * 4)
+
+
+def test_what_a_capture_chose_is_not_kept(conv_launches, monkeypatch):
+    with resnet_fused.backend("cudnn"):
+        call_conv()  # checked, as Triton is not
+    with monkeypatch.context() as capture, pytest.warns(UserWarning, match="run the model once before capture"):
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capture.setattr(_trust, "_on_gpu", lambda device: True)
+        call_conv()
+    call_conv()
+    assert conv_launches == ["cudnn", "cudnn", "cudnn", "triton", "triton"]  # the check and the call; captured; again
+
+
+def test_choices_are_kept_for_few_calls_and_for_one_setting_of_cudnn(conv_launches, monkeypatch):
+    monkeypatch.setattr(backends, "PLANS", 3)
+    for width in range(1, 6):
+        call_conv(width)
+    assert 0 < len(backends._plans) <= 3
+    backends._plans.clear()
+    for enabled in (True, False, True):
+        with torch.backends.cudnn.flags(enabled=enabled):
+            call_conv()
+    assert len(backends._plans) == 2
 
 
 def test_the_check_leaves_random_numbers_alone():

@@ -25,7 +25,7 @@ def default_variants(device: torch.device, suite: str = "inference") -> tuple[st
         backends = [name for name in backends if name not in ("eager", "triton")]
     if suite == "training":
         image = torch.empty(1, 3, 1, 1, device="meta")
-        backends = [name for name in backends if name == "eager" or supported(name, image, (), trains=True) is None]
+        backends = [name for name in backends if name == "eager" or supported(name, image, ()) is None]
     return (*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in backends))
 
 

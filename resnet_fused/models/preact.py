@@ -70,6 +70,8 @@ class PreActBottleneck(_PreAct, Bottleneck):
 class PreActResNet(ResNet):
     """The pre-activation ResNet; in training the add of every unit and the BN + ReLU after it are one fused pass.
 
+    In eval mode, with `recompute`, and where hooks look on, a unit's last convolution adds in its own pass.
+
     Arguments and shapes as `ResNet`, except: block is `PreActBasicBlock` or `PreActBottleneck`, shortcut None and
     zero_init_residual=True raise ValueError, for a unit needs its shortcut and its branch does not end in a BN.
     """
@@ -92,7 +94,7 @@ class PreActResNet(ResNet):
     def _projection(self, in_planes: int, out_planes: int, stride: int) -> nn.Module:
         return conv1x1(in_planes, out_planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
 
         stages = self._stages()

@@ -5,6 +5,7 @@ Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", http
 Zagoruyko and Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -164,9 +165,9 @@ class ResNet(nn.Module):
         same = stride == 1 and in_planes == out_planes
         if self.shortcut is None or (same and self.shortcut != "C"):
             return None
-        return (
-            PadShortcut(out_planes, stride) if self.shortcut == "A" else self._projection(in_planes, out_planes, stride)
-        )
+        if self.shortcut == "A":
+            return PadShortcut(out_planes, stride)
+        return self._projection(in_planes, out_planes, stride)
 
     def _stages(self) -> list[nn.Sequential]:
         return [getattr(self, f"layer{i + 1}") for i in range(self.stages)]
@@ -181,6 +182,9 @@ class ResNet(nn.Module):
         return x if self.maxpool is None else self.maxpool(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
 
         for stage in self._stages():
@@ -222,6 +226,9 @@ def _resnet(
     kwargs: dict[str, Any],
     **fixed: Any,
 ) -> ResNet:
+    if weights is None and "pretrained" in kwargs:  # torchvision's builders still take it
+        weights = "IMAGENET1K_V1" if kwargs.pop("pretrained") else None
+        warnings.warn(f"'pretrained' is deprecated; it stands for weights={weights!r}", UserWarning, stacklevel=3)
     return build(name, ResNet, block, layers, weights, progress, kwargs, **fixed)
 
 

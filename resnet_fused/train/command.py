@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         result = train(settings, out, device=device, **how)
     except RuntimeError as error:
         if any(sign in str(error) for sign in _DIED):
-            what = str(error).strip().splitlines()[-1]
+            what = str(error).strip().splitlines()[-1].partition(". ")[0]
             raise ChildProcessError(f"a process of the run died ({what}); --resume goes on from {out}") from error
         raise
     if os.environ.get("RANK", "0") == "0":

@@ -1,28 +1,40 @@
 // C ABI over raw pointers for csrc/batch_norm_act.cuh, compiled for the host.
-#include "cuda_on_host.h"
+#include "bindings.h"
 // The kernels see the keywords of the header above.
-#include "../../csrc/batch_norm_act.cuh"
+#include "batch_norm_act.cuh"
 
 using namespace resnet_fused;
 
-// inputs: x, weight, bias, mean, var, residual, its weight, bias, mean and var, pre_add; null where absent.
-// dtypes: 0 float32, 1 float16, 2 bfloat16. Returns the number of blocks.
-extern "C" int64_t host_batch_norm_act(const void* const* inputs, void* y, void* sum, int64_t rows, int64_t channels,
-                                       float eps, bool relu, int x_dtype, int stat_dtype, int64_t max_threads) {
+// in: x, weight, bias, mean, var, residual, its weight, bias, mean and var, pre_add
+EXPORT const char* batch_norm_act(Inputs in, Run run, DType dtype, int64_t rows, int64_t channels, float eps, bool relu,
+                                  void* y, void* sum, int64_t max_threads, int64_t* blocks) {
   BatchNormActParams params{};
-  params.x = inputs[0];
+  params.x = in.data[0];
   params.y = y;
-  params.residual = inputs[5];
-  params.pre_add = inputs[10];
+  params.residual = in.data[5];
+  params.pre_add = in.data[10];
   params.sum = sum;
-  params.bn = {inputs[1], inputs[2], inputs[3], inputs[4]};
-  params.residual_bn = {inputs[6], inputs[7], inputs[8], inputs[9]};
+  params.bn = in.batch_norm(1);
+  params.residual_bn = in.batch_norm(6);
   params.eps = eps;
   params.relu = relu;
   params.rows = rows;
   params.channels = channels;
-  const BatchNormActPlan plan =
-      plan_batch_norm_act(params, static_cast<DType>(x_dtype), static_cast<DType>(stat_dtype), max_threads);
-  run_on_host(plan.kernel, plan.blocks, kBatchNormActThreads, params);
-  return plan.blocks;
+  const auto plan = plan_batch_norm_act(params, dtype, max_threads);
+  *blocks = plan.blocks;
+  return run_on_host(plan, params, run);
+}
+
+// in: x, weight, bias, mean, var, residual
+EXPORT const char* batch_norm_mask(Inputs in, Run run, DType dtype, int64_t rows, int64_t channels, float eps, void* y,
+                                   uint8_t* relu_mask) {
+  BatchNormMaskParams params{};
+  params.x = in.data[0];
+  params.residual = in.data[5];
+  params.y = y;
+  params.relu_mask = relu_mask;
+  params.bn = in.batch_norm(1);
+  params.eps = eps;
+  params.tiling = retile(tile_elementwise(rows, channels), run);
+  return run_on_host(plan_batch_norm_mask(params, dtype), params, run);
 }

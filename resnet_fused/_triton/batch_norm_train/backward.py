@@ -264,7 +264,7 @@ def backward_dx(
     sum_dz: Tensor | None,
     sum_dz_xhat: Tensor | None,
     sum_dz_rhat: Tensor | None,
-    count: float | Tensor,
+    count: Tensor | None,
     dtotal: Tensor | None = None,
     need_dx: bool = True,
     need_dresidual: bool = False,
@@ -273,7 +273,7 @@ def backward_dx(
 
     s * dz where `sum_dz_xhat` is None: the statistics were given; `sum_dz_rhat` says the same of the shortcut's BN. The
     residual's gradient is dz, or has dx's form where the shortcut has a BN. One that is not needed has no elements.
-    `count` is the number of elements a channel behind the statistics, or a float32 tensor of one element that holds it.
+    `count`, one float32 element, is the number of elements a channel behind the statistics; None: that of dy.
     """
     N, C, H, W = dy.shape
     M = N * H * W
@@ -287,7 +287,6 @@ def backward_dx(
     residual = residual if residual_mean is not None or relu_mask is None else None
     bn = (weight, bias, mean, var, residual, residual_weight, residual_bias, residual_mean, residual_var)
     outputs = (dx if need_dx else None, dresidual if need_dresidual else None)
-    count = (1.0, count) if isinstance(count, Tensor) else (float(count), None)
     with torch.cuda.device_of(dy):
         dx_kernel[grid](
             dy,
@@ -297,7 +296,8 @@ def backward_dx(
             sum_dz,
             sum_dz_xhat,
             sum_dz_rhat,
-            *count,
+            float(M),
+            count,
             dtotal,
             *outputs,
             M,

@@ -155,7 +155,9 @@ def conv_bn_act(
     with torch.cuda.device_of(x):
         if p.flat:
             strides = (stride_n, stride_h, stride_w, stride_c)
-            stem_kernel[grid](x, weight, *vectors, p.M, H, W, P, Q, p.K, *strides, p.C, *geometry, **options)
+            last = (p.C - 1) * stride_c + (R - 1) * dilation[0] * stride_h + (S - 1) * dilation[1] * stride_w
+            sizes = (p.M, H, W, P, Q, p.K, *strides, p.C)
+            stem_kernel[grid](x, weight, *vectors, *sizes, *geometry, last >= 2**31, **options)
         elif config["descriptors"] and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0:
             x = TensorDescriptor(x, [p.M, p.C], [p.C, 1], [config["BLOCK_M"], config["BLOCK_K"]])
             weight = TensorDescriptor(weight, [p.K, p.C], [p.C, 1], [config["BLOCK_N"], config["BLOCK_K"]])

@@ -133,9 +133,12 @@ def conv_kernel(
     rows = M - first_row
     in_rows = tl.arange(0, BLOCK_M) < rows
     in_columns = (n < columns)[None, :]
-    pixel = image * stride_n + h.to(tl.int64) * stride_h + w * stride_w
+    pixel = image * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
     x_tile = x + group * C + pixel[:, None] + c[None, :]
     weight_tile = weight + first_k.to(tl.int64) * (R * S * C) + (n * (R * S * C))[None, :] + c[:, None]
+
+    step_h = tl.cast(stride_h, tl.int64) * DILATION_H
+    step_w = tl.cast(stride_w, tl.int64) * DILATION_W
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tap = 0
@@ -154,7 +157,7 @@ def conv_kernel(
             in_c = c < C - first_c
             x_mask &= in_c[None, :]
             weight_mask &= in_c[:, None]
-        a = tl.load(x_tile + (r * DILATION_H * stride_h + s * DILATION_W * stride_w + first_c), x_mask, other=0.0)
+        a = tl.load(x_tile + (r * step_h + s * step_w + first_c), x_mask, other=0.0)
         b = tl.load(weight_tile + (tap * C + first_c), weight_mask, other=0.0)
         acc = _dot(a, b, acc, PRECISION)
         first_c += BLOCK_K
@@ -232,6 +235,7 @@ def stem_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    FAR_TAPS: tl.constexpr,  # 2^31 elements or more from the first tap to the last
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -247,12 +251,14 @@ def stem_kernel(
     n = tl.arange(0, BLOCK_N)
     columns = K - first_k
     in_columns = n < columns
-    pixel = image * stride_n + h.to(tl.int64) * stride_h + w * stride_w
+    pixel = image * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
     weight_tile = weight + (first_k + n) * (R * S * C)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first_tap in range(0, R * S * C, BLOCK_K):
         rsc = first_tap + tl.arange(0, BLOCK_K)
+        if FAR_TAPS:
+            rsc = rsc.to(tl.int64)
         in_taps = (rsc < R * S * C)[:, None]
         r = rsc // (S * C) * DILATION_H
         s = rsc // C % S * DILATION_W

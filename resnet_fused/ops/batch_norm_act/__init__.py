@@ -250,7 +250,7 @@ def batch_norm_act(
             return "one BN has running statistics and the other has none"
         if x.numel() == 0 and batch_statistics and group is None:
             return "an empty batch has no statistics"
-        return _checks.transformed() or supported(name, x, vectors, trains)
+        return _checks.transformed() or supported(name, x, vectors)
 
     choice = _registry.choose("batch_norm_act", x.device, serves, "batch_norm")
     fused = choice.backend != "eager"

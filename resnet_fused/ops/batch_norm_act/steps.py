@@ -35,16 +35,14 @@ DX = (
 )
 
 
-def supported(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...], trains: bool) -> str | None:
-    """Why a backend can't serve a call, or None; from metadata alone. `trains`: batch statistics, or gradients."""
+def supported(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    """Why a backend can't serve a call, or None; from metadata alone."""
     if backend not in ("cuda", "triton"):
         return (
-            f"{backend} serves convolutions in eval mode without gradients only, with the BN behind them: call it "
-            "under torch.no_grad(), and pre-activation networks, whose BN comes first, under another backend"
+            f"{backend} serves convolutions, and BN behind them, in eval mode without gradients only: call it under "
+            "torch.no_grad(), and pre-activation networks, whose BN comes first, with another backend"
         )
-    if trains and backend == "cuda":
-        return "the extension has no kernels for batch statistics and gradients yet"
-    return _checks.kernel_dtypes(x, vectors, uniform=backend == "cuda")
+    return _checks.kernel_dtypes(x, vectors, uniform=False)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -176,8 +174,12 @@ def _dense(args: tuple) -> list:
     return [a if not isinstance(a, Tensor) else _numerics.dense(a) for a in args]
 
 
+def _training(backend: str):
+    return _cuda if backend == "cuda" else _triton_train
+
+
 def _launch_statistics(backend: str, x: Tensor, pre_add: Tensor | None):
-    return _triton_train.statistics(*_dense((x, pre_add)))
+    return _training(backend).statistics(*_dense((x, pre_add)))
 
 
 def _launch_apply(backend: str, *args):
@@ -186,25 +188,20 @@ def _launch_apply(backend: str, *args):
         x, weight, bias, mean, var, eps, residual, *_, pre_add, _ = _dense(args)
         total = x.new_empty(0) if pre_add is None else x + pre_add
         z = x if pre_add is None else total
-        return *_triton_train.apply_with_mask(z, weight, bias, mean, var, eps, residual), total
+        return *_training(backend).apply_with_mask(z, weight, bias, mean, var, eps, residual), total
     y, total = launch(backend, *args)
     return y, args[0].new_empty(0, dtype=torch.uint8), total
 
 
 def _launch_sums(backend: str, *args):
-    return _triton_train.backward_sums(*_dense(args))
+    return _training(backend).backward_sums(*_dense(args))
 
 
 def _launch_dx(backend: str, *args):
-    *given, count, dtotal, need_dx, need_dresidual = _dense(args)
-    dy = given[0]
-    count = dy.numel() // dy.shape[1] if count is None else count
-    return _triton_train.backward_dx(*given, count, dtotal, need_dx, need_dresidual)
+    return _training(backend).backward_dx(*_dense(args))
 
 
-def _step(
-    schema: str, launcher: Callable, eager: Callable, fake: Callable, trains: Callable[[tuple], bool]
-) -> Callable:
+def _step(schema: str, launcher: Callable, eager: Callable, fake: Callable) -> Callable:
     """Register one operator: choose a backend, check it before its first use, launch it."""
     name = schema.partition("(")[0]
 
@@ -213,7 +210,7 @@ def _step(
         vectors = vectors if name == "batch_norm_act_apply" else ()
 
         def serves(backend: str) -> str | None:
-            reason = supported(backend, x, vectors, trains(args))
+            reason = supported(backend, x, vectors)
             if reason is not None or x.numel() == 0:
                 return reason
             return _trust.refused(_class(name, backend, args), x.device, lambda: _compare(backend, args))
@@ -314,11 +311,7 @@ def _image(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _always(args: tuple) -> bool:
-    return True
-
-
-statistics = _step(STATISTICS, _launch_statistics, eager_statistics, _fake_statistics, _always)
-apply = _step(APPLY, _launch_apply, eager_apply, _fake_apply, lambda args: args[-1])
-backward_sums = _step(SUMS, _launch_sums, eager_sums, _fake_sums, _always)
-backward_dx = _step(DX, _launch_dx, eager_dx, _fake_dx, _always)
+statistics = _step(STATISTICS, _launch_statistics, eager_statistics, _fake_statistics)
+apply = _step(APPLY, _launch_apply, eager_apply, _fake_apply)
+backward_sums = _step(SUMS, _launch_sums, eager_sums, _fake_sums)
+backward_dx = _step(DX, _launch_dx, eager_dx, _fake_dx)

@@ -19,6 +19,8 @@ Equivalent to:
     y = F.relu(y + residual)
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -162,7 +164,8 @@ def conv_bn_act(
         BackendUnavailable: a forced backend can't serve the call.
     """
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, groups, act)
+    groups = _integer("groups", groups)
+    _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, padding, dilation, groups, act)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -204,21 +207,40 @@ def conv_bn_act(
 
 
 def _pair(name: str, value: Pair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    try:
+        pair = [operator.index(v) for v in (value if isinstance(value, (tuple, list)) else (value, value))]
+    except TypeError:  # not integral
+        pair = []
     if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"{name} must be an integer or a pair of integers of at least {least}, got {value!r}")
     return pair
 
 
-def _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, groups, act) -> None:
+def _integer(name: str, value: int) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = 0
+    if integer < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return integer
+
+
+def _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, padding, dilation, groups, act) -> None:
     _checks.image("x", x)
     _checks.image("weight", weight)
     _checks.act(act)
-    K, C_group = weight.shape[:2]
-    if groups < 1 or K % groups or x.shape[1] != C_group * groups:
+    K, C_group, *kernel = weight.shape
+    if K % groups or x.shape[1] != C_group * groups:
         raise ValueError(
             f"weight must have shape [K, C / groups, R, S] with K divisible by groups={groups} and C={x.shape[1]} "
             f"the channels of x, got {tuple(weight.shape)}"
+        )
+    least = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    if min(kernel) < 1 or x.shape[2] < least[0] or x.shape[3] < least[1]:
+        raise ValueError(
+            f"weight's kernel {tuple(kernel)} must hold a pixel and, with dilation={dilation}, fit into x's "
+            f"{tuple(x.shape[2:])} pixels with padding={padding}; x must be {tuple(least)} pixels or more"
         )
     if weight.device != x.device:
         raise ValueError(f"weight must be on {x.device} as x is, got {weight.device}")

@@ -15,6 +15,7 @@ if _triton.IMPORT_ERROR is None:
     from ..._triton import conv_bn_act as _triton_kernels
 
 Config = dict[str, Any] | None
+PLANS = 4096  # kept at most
 
 
 def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | None, ...], relu: bool) -> str | None:
@@ -24,8 +25,8 @@ def supported(backend: str, x: Tensor, weight: Tensor, vectors: tuple[Tensor | N
     reason = _checks.kernel_dtypes(x, vectors, uniform=backend == "cuda")
     if reason is None and backend == "onednn":
         return _onednn.unsupported(x.dtype)
-    if reason is None and backend == "cudnn":
-        return _cudnn.unsupported(relu)
+    if reason is None and backend == "cudnn" and not relu and _registry.get_backend() != "cudnn":
+        return _cudnn.WITHOUT_RELU
     return reason
 
 
@@ -35,7 +36,9 @@ def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
     plan = _plans.get(call)
     if plan is None:
         plan = _plan(reference, args)
-        if plan[0].backend != "eager":  # eager's reason may pass: a check that a capture put off
+        if not _trust.capturing(args[0].device):  # a capture puts checks off
+            if len(_plans) >= PLANS:
+                _plans.clear()
             _plans[call] = plan
     choice, config = plan
     _registry.record("conv_bn_act", choice, args)
@@ -54,7 +57,8 @@ def _metadata(args: tuple) -> tuple:
     return (
         *(None if t is None else t.dtype for t in (x, *vectors)),
         *(x.device, x.shape, weight.shape, weight.dtype, *stride, *padding, *dilation, groups),
-        *(residual is None, relu, _allow_tf32(x), _registry.get_backend(), _tuned.generation, _trust.generation),
+        *(residual is None, relu, _allow_tf32(x), torch.backends.cudnn.enabled, _registry.get_backend()),
+        *(_tuned.generation, _trust.generation),
     )
 
 
@@ -64,8 +68,11 @@ def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choi
 
     def serves(name: str) -> str | None:
         nonlocal config
-        config = tuned["config"] if tuned is not None and tuned["backend"] == name else default_config(name, args)
         reason = supported(name, x, weight, tuple(vectors), relu)
+        if reason is None:
+            config = default_config(name, args)
+            if tuned is not None and tuned["backend"] == name and tuned["config"] in configs(name, args):
+                config = tuned["config"]  # no other: the file may hold anything
         return reason or refused(name, args, config, reference)
 
     tuned = _tuned.lookup(x.device, key(args))
@@ -94,6 +101,8 @@ def split_reason(backend: str, args: tuple) -> str | None:
     """Why PyTorch's convolution and one fused pass serve, instead of one kernel; None where one kernel does."""
     if backend == "cuda":
         return "the extension has no convolution yet: PyTorch's, then BN, add and ReLU in one pass"
+    if backend == "cudnn" and not args[-1]:
+        return f"{_cudnn.WITHOUT_RELU}: PyTorch's convolution with folded weights, then the add"
     if backend != "triton":
         return None
     x, weight, *_, stride, padding, dilation, groups, _, _ = args

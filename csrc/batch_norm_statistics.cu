@@ -1,0 +1,49 @@
+// Batch statistics: checks, allocation and launch, on the LibTorch Stable ABI.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "batch_norm.h"
+#include "batch_norm_statistics.cuh"
+
+namespace resnet_fused {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, const OptionalTensor& pre_add) {
+  check_activation(x, "x");
+  if (pre_add) check_like(*pre_add, "pre_add", x);
+  STD_TORCH_CHECK(x.numel() > 0, "an empty x has no statistics; its shape is ", shape(x));
+  const DeviceGuard guard(x.get_device_index());
+  Tensor sum = pre_add ? empty_channels_last(x) : torch::stable::new_empty(x, {0});
+  const int64_t channels = x.size(1);
+  Tensor mean = empty_vector(x, channels);
+  Tensor m2 = empty_vector(x, channels);
+
+  const Tiling tiling = tile_statistics(rows(x), channels, pre_add.has_value());
+  Tensor partial = empty_vector(x, 2 * tiling.splits * channels);
+  float* const partial_mean = partial.mutable_data_ptr<float>();
+  float* const partial_m2 = partial_mean + tiling.splits * channels;
+  const void* const z = pre_add ? sum.const_data_ptr() : x.const_data_ptr();
+  const StatisticsParams params{x.const_data_ptr(),
+                                data_or_null(pre_add),
+                                pre_add ? sum.mutable_data_ptr() : nullptr,
+                                partial_mean,
+                                partial_m2,
+                                tiling};
+  launch(plan_statistics(params, to_dtype(x)), params, "batch_norm_statistics", x);
+  const MergeStatisticsParams merge{
+      z, partial_mean, partial_m2, mean.mutable_data_ptr<float>(), m2.mutable_data_ptr<float>(), tiling};
+  launch(plan_merge_statistics(merge, to_dtype(x)), merge, "batch_norm_statistics", x);
+  return {mean, m2, sum};
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
+  m.def("batch_norm_statistics(Tensor x, Tensor? pre_add) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
+  m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fused::batch_norm_statistics));
+}

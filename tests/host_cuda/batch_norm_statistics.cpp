@@ -1,0 +1,23 @@
+// C ABI over raw pointers for csrc/batch_norm_statistics.cuh, compiled for the host.
+#include "bindings.h"
+// The kernels see the keywords of the header above.
+#include "batch_norm_statistics.cuh"
+
+using namespace resnet_fused;
+
+EXPORT int64_t statistics_splits(Run run, int64_t rows, int64_t channels, bool pre_add) {
+  return retile(tile_statistics(rows, channels, pre_add), run).splits;
+}
+
+// in: x, pre_add; partial: [2, splits, channels]; without mean the first kernel alone
+EXPORT const char* statistics(Inputs in, Run run, DType dtype, int64_t rows, int64_t channels, void* sum,
+                              float* partial, float* mean, float* m2) {
+  const Tiling tiling = retile(tile_statistics(rows, channels, in.data[1] != nullptr), run);
+  float* const partial_m2 = partial + tiling.splits * channels;
+  const StatisticsParams params{in.data[0], in.data[1], sum, partial, partial_m2, tiling};
+  const char* const fault = run_on_host(plan_statistics(params, dtype), params, run);
+  if (fault != nullptr || mean == nullptr) return fault;
+  const void* const z = in.data[1] == nullptr ? in.data[0] : sum;
+  const MergeStatisticsParams merge{z, partial, partial_m2, mean, m2, tiling};
+  return run_on_host(plan_merge_statistics(merge, dtype), merge, run);
+}
