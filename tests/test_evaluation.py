@@ -151,7 +151,7 @@ def test_one_scale_of_a_square_image_is_the_mean_of_the_image_and_its_mirror(sav
 
 def test_scales_are_averaged_and_images_of_other_shapes_stay_apart(saved):
     network = Network.from_checkpoint(saved("resnet18", recipe="imagenet", **NARROW))
-    images = [noise(240, 300), noise(230, 230, 1), noise(240, 300, 2)]
+    images = [noise(240, 300), noise(230, 230, 1), noise(230, 230, 2), noise(240, 300, 3)]
     both = score(network, multi_scale([224, 256]), *images)
     apart = [torch.cat([score(network, multi_scale([s]), image) for image in images]) for s in (224, 256)]
     torch.testing.assert_close(both, (apart[0] + apart[1]) / 2, atol=1e-6, rtol=1e-5)
