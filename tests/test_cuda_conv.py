@@ -13,6 +13,7 @@ from torch import nn
 import resnet_fused
 from resnet_fused import BackendUnavailable, _cuda, _registry, _store, _trust, _tuned, explain, ops, testing, tune
 from resnet_fused.models import get_model
+from resnet_fused.ops.batch_norm_act.steps import plain_apply
 from resnet_fused.ops.conv_bn_act import backends, reference
 
 SOURCE = Path(__file__).parent / "host_cuda/conv_planner.cpp"
@@ -214,7 +215,11 @@ def test_a_wrong_convolution_is_disabled(on_cpu, monkeypatch):
             ops.conv_bn_act(X, WEIGHT, *BN, padding=1)
 
 
-def test_a_forced_backend_raises_with_the_reason(on_cpu):
+def test_forced_it_says_why_two_passes_serve(on_cpu, monkeypatch):
+    """`auto` passes the same calls on."""
+    passes, said = [], []
+    monkeypatch.setattr(backends, "launch_bn", lambda name, *args: passes.append(name) or plain_apply(*args, False))
+    monkeypatch.setattr(_registry, "listener", lambda op, choice, args: said.append(choice))
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     for reason, x, weight, options in [
         ("groups", X, WEIGHT[:, :32], {"groups": 2}),
@@ -223,8 +228,16 @@ def test_a_forced_backend_raises_with_the_reason(on_cpu):
         ("x does not start at a multiple of 16 bytes", shifted(X), WEIGHT, {"padding": 1}),
     ]:
         weight = weight.contiguous(memory_format=torch.channels_last)
-        with resnet_fused.backend("cuda"), pytest.raises(BackendUnavailable, match=f"conv_bn_act: .*{reason}"):
-            ops.conv_bn_act(x, weight, *BN, **options)
+        with resnet_fused.backend("cuda"):
+            y = ops.conv_bn_act(x, weight, *BN, **options)
+        torch.testing.assert_close(y, reference(x, weight, *BN, **options))
+        assert reason in said[-1].rejected[0][1] and "in one pass" in said[-1].rejected[0][1]
+        monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
+        monkeypatch.setitem(_registry._ORDER, "conv", ("cuda",))
+        passes.clear()
+        ops.conv_bn_act(x, weight, *BN, **options)
+        assert said[-1].backend == "eager" and reason in said[-1].rejected[0][1] and not passes
+    assert not on_cpu
     assert not on_cpu
 
 

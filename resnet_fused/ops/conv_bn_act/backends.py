@@ -20,17 +20,23 @@ PLANS = 4096  # kept at most
 
 def supported(backend: str, args: tuple) -> str | None:
     """Why a backend can't serve the call, or None; from metadata alone. Arguments as in the schema."""
-    x, weight, _, *vectors, _, stride, padding, dilation, groups, _, relu = args
+    x, weight, _, *vectors, _, _, _, _, _, _, relu = args
     if weight.dtype != x.dtype:
         return f"x is {x.dtype} and weight {weight.dtype}; the kernels take one dtype"
     reason = _checks.kernel_dtypes(x, tuple(vectors), uniform=backend == "cuda")
+    forced = _registry.get_backend() == backend
     if reason is None and backend == "onednn":
         return _onednn.unsupported(x.dtype)
-    if reason is None and backend == "cudnn" and not relu and _registry.get_backend() != "cudnn":
+    if reason is None and backend == "cudnn" and not relu and not forced:
         return _cudnn.WITHOUT_RELU
-    if reason is None and backend == "cuda" and not torch.compiler.is_compiling():  # there the operator decides
-        return _cuda.conv_unsupported(x, weight, stride, padding, dilation, groups, _allow_tf32(x))
+    if reason is None and backend == "cuda" and not forced and not torch.compiler.is_compiling():  # it decides later
+        return _cuda_unsupported(args)
     return reason
+
+
+def _cuda_unsupported(args: tuple) -> str | None:
+    x, weight, *_, stride, padding, dilation, groups, _, _ = args
+    return _cuda.conv_unsupported(x, weight, stride, padding, dilation, groups, _allow_tf32(x))
 
 
 def serve(reference: Callable[..., Tensor], args: tuple) -> Tensor:
@@ -72,7 +78,9 @@ def _plan(reference: Callable[..., Tensor], args: tuple) -> tuple[_registry.Choi
 
     def serves(name: str) -> str | None:
         nonlocal config
-        reason = supported(name, args) or (_misaligned(args) if name == "cuda" else None)
+        reason = supported(name, args)
+        if name == "cuda" and _registry.get_backend() != "cuda":
+            reason = reason or _misaligned(args)
         if reason is None:
             config = default_config(name, args)
             if tuned is not None and tuned["backend"] == name and tuned["config"] in configs(name, args):
@@ -114,31 +122,30 @@ def split_reason(backend: str, args: tuple) -> str | None:
     """Why PyTorch's convolution and one fused pass serve, instead of one kernel; None where one kernel does."""
     if backend == "cudnn" and not args[-1]:
         return f"{_cudnn.WITHOUT_RELU}: PyTorch's convolution with folded weights, then the add"
-    if backend != "triton":
+    if backend not in ("cuda", "triton"):
         return None
     x, weight, *_, stride, padding, dilation, groups, _, _ = args
-    reason = _triton_kernels.supported(x.shape, weight.shape, stride, padding, dilation, groups, x.dtype)
+    if backend == "cuda":
+        reason = _cuda_unsupported(args) or _misaligned(args)
+    else:
+        reason = _triton_kernels.supported(x.shape, weight.shape, stride, padding, dilation, groups, x.dtype)
     return reason and f"{reason}: PyTorch's convolution, then BN, add and ReLU in one pass"
 
 
 def default_config(backend: str, args: tuple) -> Config:
     """What our own kernels take by default for this problem, a tile; None where there is nothing to choose."""
-    if args[0].numel() == 0:
+    if args[0].numel() == 0 or backend not in ("cuda", "triton") or split_reason(backend, args) is not None:
         return None
-    if backend == "cuda":
-        return configs(backend, args)[0]
-    if backend != "triton" or split_reason(backend, args) is not None:
-        return None
-    return _triton_kernels.config(_problem(args))
+    return configs(backend, args)[0] if backend == "cuda" else _triton_kernels.config(_problem(args))
 
 
 def configs(backend: str, args: tuple) -> list[Config]:
     """What `tune` tries, the default first."""
+    if backend not in ("cuda", "triton") or split_reason(backend, args) is not None:
+        return [None]
     if backend == "cuda":
         x, weight, *_, stride, padding, dilation, groups, _, _ = args
         return _cuda.conv_configs(x, weight, stride, padding, dilation, groups)
-    if default_config(backend, args) is None:
-        return [None]
     return _triton_kernels.candidates(_problem(args))
 
 
