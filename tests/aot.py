@@ -149,8 +149,9 @@ def training_launches(dtype: torch.dtype) -> Iterator[Launch]:
             join = residual is not None or relu_mask is not None
             sums = batch_norm_train.backward_sums(*call)
             rhat = None if bn2[2] is None else sums[2]
-            batch_norm_train.backward_dx(*call, *sums[:2], rhat, count, dtotal, True, join)
-            batch_norm_train.backward_dx(*call, None, None, None, 1.0, dtotal, True, join)
+            for own in (None, count):  # one process, several
+                batch_norm_train.backward_dx(*call, *sums[:2], rhat, own, dtotal, True, join)
+            batch_norm_train.backward_dx(*call, None, None, None, None, dtotal, True, join)
     yield from launches
 
 
