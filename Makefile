@@ -25,5 +25,5 @@ aot:  ## compile every kernel's configurations for GPUs that need not be there
 	$(PYTHON) tests/aot.py
 	$(PYTHON) tests/aot_cuda.py 8.0 9.0a
 
-gpu:  ## build, test and measure on a GPU: SUITE=all, models, autotune or training; results into benchmarks/results or $$OUT
+gpu:  ## build, test and measure on a GPU: SUITE=all, models, autotune, training, sanitizer or cifar; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

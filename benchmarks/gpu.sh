@@ -40,6 +40,7 @@ case $suite in
     part training 60 "${resnet[@]}" --suite training --dtypes float16 --batches 64
     ;;
   models)
+    part roofline 100 "$python" benchmarks/roofline.py --batches 1 32 256 --out "$out"
     part models 400 "${resnet[@]}" --models resnet50 resnet18 --dtypes float16 --batches 1 32 256 --rounds 7 \
       --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused-{triton,cudnn,cuda} "${graphs[@]}"
     ;;
@@ -51,8 +52,25 @@ case $suite in
     part training 400 "${resnet[@]}" --suite training --dtypes bfloat16 float16 --batches 64 256 --rounds 5 \
       --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused+{activations,blocks}
     ;;
+  sanitizer)
+    if command -v compute-sanitizer >/dev/null; then
+      for tool in memcheck racecheck; do
+        part "$tool" 250 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -m gpu -n 0 \
+          tests/test_gpu.py -k "(within_budget or every_tile) and (join or 3x3 or 1x1) and cuda and not resnet50"
+      done
+    else
+      echo "gpu.sh: compute-sanitizer is not on PATH" >&2
+      failed=1
+    fi
+    ;;
+  cifar)
+    for model in cifar_resnet20 cifar_plain20 cifar_resnet56 cifar_plain56; do
+      part "$model" 125 "$python" -m resnet_fused train --recipe cifar --model "$model" --dtype bf16 \
+        --iterations "${ITERATIONS:-4000}" --out "$out/$model"
+    done
+    ;;
   *)
-    echo "gpu.sh: SUITE must be all, models, autotune or training, got $suite" >&2
+    echo "gpu.sh: SUITE must be all, models, autotune, training, sanitizer or cifar, got $suite" >&2
     exit 2
     ;;
 esac

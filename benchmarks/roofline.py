@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resnet_fused import BackendUnavailable, _registry, bench, ops
 from resnet_fused.models import get_model
+from resnet_fused.ops.conv_bn_act.backends import split_reason
 from resnet_fused.testing import as_tuple
 
 ROUNDS, SAMPLE_MS = 7, 5.0
@@ -90,16 +91,20 @@ def backends(device: torch.device) -> list[str]:
 def rows(calls: list[Call], bandwidth: float, peak: float, device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each call, with every backend that serves it."""
     for call in calls:
-        times, refused = {}, {}
-        for name in backends(device):
+        times, refused, split = {}, {}, {}
+        conv = call.op == "conv_bn_act"
+        for name in [*backends(device), *(["eager"] if conv else [])]:
             try:
                 with _registry.backend(name):
                     results = call.run()
                     times[name] = milliseconds(call.run, device)
+                    if conv and (why := split_reason(name, call.args)) is not None:
+                        split[name] = why
             except BackendUnavailable as error:
                 refused[name] = str(error)
         moved, flops = call.bytes(results), call.flops(results)
-        best = min(times, key=times.__getitem__)
+        fused = times.keys() - split.keys() - {"eager"}  # what `auto` takes: more than one kernel only for want of one
+        best = min(fused or times.keys() - {"eager"}, key=times.__getitem__)
         floor = max(moved / bandwidth, flops / peak)
         yield {
             "op": call.op,
@@ -113,6 +118,7 @@ def rows(calls: list[Call], bandwidth: float, peak: float, device: torch.device)
             "share_of_copy": moved / times[best] * 1e3 / bandwidth,
             "tflop_per_s": flops / times[best] / 1e9,
             "refused": refused,
+            "in_several_kernels": split,
         }
 
 
@@ -203,7 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=bench.SUITES, default="inference")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batches", nargs="+", type=int, default=[256])
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=bench.DTYPES, default="float16")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -213,11 +219,14 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     device, dtype = torch.device("cuda"), bench.DTYPES[args.dtype]
     model = get_model(args.model).to(device, dtype if args.suite == "inference" else torch.float32)
-    x = torch.randn(args.batch, 3, args.image_size, args.image_size, device=device, dtype=dtype)
-    conditions = bench.conditions(device)
     path = args.out / bench.result_name(f"roofline-{args.suite}", args.dtype, "nhwc", device)
-    run = {"model": args.model, "batch": args.batch, "image_size": args.image_size}
-    bench.write_json(path, {"conditions": conditions, **run, **measure(args.suite, model, x)})
+    runs = []
+    for batch in args.batches:
+        x = torch.randn(batch, 3, args.image_size, args.image_size, device=device, dtype=dtype)
+        run = {"model": args.model, "batch": batch, "image_size": args.image_size}
+        print(f"\n{args.model} {args.suite}, {batch} images")
+        runs.append({"conditions": bench.conditions(device), **run, **measure(args.suite, model, x)})
+        bench.write_json(path, runs)
     return 0
 
 

@@ -127,83 +127,24 @@ def _device(index: int) -> tuple[int, int, int]:
     return properties.major, properties.minor, properties.multi_processor_count
 
 
-def statistics(x: Tensor, pre_add: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], M2 [C] = sum (z - mean)^2 and z of z = x (+ pre_add), as `_triton.batch_norm_train.statistics`.
-
-    Raises:
-        RuntimeError: an argument has another shape, dtype, layout or device, as in all that follow.
-    """
-    return torch.ops.resnet_fused_cuda.batch_norm_statistics.default(x, pre_add)
+def statistics(*args):
+    """As `_triton.batch_norm_train.statistics`; RuntimeError for an argument of another shape, dtype or layout."""
+    return torch.ops.resnet_fused_cuda.batch_norm_statistics.default(*args)
 
 
-def apply_with_mask(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    residual: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """y = relu(BN(x) + residual) and its 1-bit mask, as `_triton.batch_norm_train.apply_with_mask`."""
-    return torch.ops.resnet_fused_cuda.batch_norm_act_mask.default(x, weight, bias, mean, var, eps, residual)
+def apply_with_mask(*args):
+    """As `_triton.batch_norm_train.apply_with_mask`."""
+    return torch.ops.resnet_fused_cuda.batch_norm_act_mask.default(*args)
 
 
-def backward_sums(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    residual_mean: Tensor | None,
-    residual_var: Tensor | None,
-    relu_mask: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [C] of dz, dz * xhat and dz * rhat in float32, as `_triton.batch_norm_train.backward_sums`."""
-    return torch.ops.resnet_fused_cuda.batch_norm_act_backward_sums.default(
-        dy, z, weight, bias, mean, var, eps,
-        residual, residual_weight, residual_bias, residual_mean, residual_var, relu_mask, relu,
-    )  # fmt: skip
+def backward_sums(*args):
+    """As `_triton.batch_norm_train.backward_sums`."""
+    return torch.ops.resnet_fused_cuda.batch_norm_act_backward_sums.default(*args)
 
 
-def backward_dx(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    residual_mean: Tensor | None,
-    residual_var: Tensor | None,
-    relu_mask: Tensor | None,
-    relu: bool,
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    sum_dz_rhat: Tensor | None,
-    count: Tensor | None,
-    dtotal: Tensor | None = None,
-    need_dx: bool = True,
-    need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """dx and the residual's gradient, as `_triton.batch_norm_train.backward_dx`.
-
-    count: a float32 tensor of one element, or None: that of dy.
-    """
-    return torch.ops.resnet_fused_cuda.batch_norm_act_backward_dx.default(
-        dy, z, weight, bias, mean, var, eps,
-        residual, residual_weight, residual_bias, residual_mean, residual_var, relu_mask, relu,
-        sum_dz, sum_dz_xhat, sum_dz_rhat, count, dtotal, need_dx, need_dresidual,
-    )  # fmt: skip
+def backward_dx(*args):
+    """As `_triton.batch_norm_train.backward_dx`, every argument given."""
+    return torch.ops.resnet_fused_cuda.batch_norm_act_backward_dx.default(*args)
 
 
 def torch_mismatch(torch_version: str, cuda: str | None, hip: str | None) -> str | None:

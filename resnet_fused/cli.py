@@ -123,7 +123,7 @@ def positive_int(text: str) -> int:
 def _error_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" on the disk of {error.filename}" if error.filename else ""
-        return f"no space left{where}; free some, or set RESNET_FUSED_HOME (weights, data) to another disk"
+        return f"no space left{where}; free some, or put RESNET_FUSED_HOME (weights, data) or --out (runs) elsewhere"
     if isinstance(error, ImportError) and (package := (error.name or "").partition(".")[0]) in _EXTRAS:
         return f'this needs {package}: pip install "resnet_fused[{_EXTRAS[package]}]" ({error})'
     return " ".join(str(error).split()) or type(error).__name__

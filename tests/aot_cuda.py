@@ -106,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
             library, log = build(arch, folder)
             seconds, size = time.perf_counter() - start, library.stat().st_size / 2**20
             print(f"{arch}: built in {seconds:.0f} s, {size:.1f} MiB")
+            if size > 30:
+                failures += 1
+                print("<- an architecture takes 30 MiB at most")
             failures += check(library, log)
     return 1 if failures else 0
 

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from batch_norm_train import BN_CASES, check_case, train
 from test_layers import EDITS, assert_same, twins
+from test_papers import assert_follows_eager
 from torch import nn
 
 import resnet_fused
@@ -14,10 +15,12 @@ from resnet_fused.models import get_model
 from resnet_fused.models.weights import TORCHVISION_ENUMS
 from resnet_fused.ops.conv_bn_act import backends, reference
 from resnet_fused.testing import CASES, DTYPES, LAYOUTS, Case, check, make_inputs
+from resnet_fused.train import Settings
+from resnet_fused.train import loop as train_loop
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["auto", "cuda", "triton", "cudnn"]
-REFUSALS = ("torch.float", "cudnn serves", "CUDA kernels serve", "as TF32")
+REFUSALS = ("torch.float", "cudnn serves")
 DEVICE = torch.device("cuda")
 
 
@@ -274,3 +277,28 @@ def test_tune_times_every_layer_and_its_winners_are_right(monkeypatch, tmp_path)
     assert len(found) > 6 and all(entry["candidates"] > 1 for entry in found.values())
     assert_same(ours, theirs, "auto")
     _tuned.forget()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("cifar_resnet20", {}),
+        ("cifar_plain20", {}),
+        ("resnet18", {"shortcut": "A"}),
+        ("resnet18", {"shortcut": "C", "stem": "cifar"}),
+        ("preact_resnet50", {}),
+        ("cifar_preact_resnet164", {}),
+    ],
+)
+def test_the_papers_networks_follow_eager(name, kwargs, backend):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32, device=DEVICE)
+    with force(backend):
+        assert_follows_eager(get_model(name, **kwargs).to(DEVICE), x, backend)
+
+
+def test_a_training_run_in_float16(tmp_path):
+    settings = Settings(model="cifar_resnet20", data="synthetic:512x32", iterations=60, batch=64, dtype="fp16")
+    assert train_loop.train(settings, tmp_path / "run", device=DEVICE).error < 50  # of ten patterns
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["scaler"]

@@ -85,16 +85,16 @@ def assert_same_step(found, expected, rtol=1e-4):
         assert largest(found[name] - value) <= rtol * largest(value), name
 
 
-def assert_follows_eager(model, x):
-    """In eval mode and through one train step, under Triton's interpreter; everything is fused."""
+def assert_follows_eager(model, x, backend="triton"):
+    """In eval mode and through one train step; everything is fused."""
     twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     with torch.no_grad():
         expected, oracle = twin.eval()(x), exact.eval()(x.double())
-        with resnet_fused.backend("triton"):
+        with resnet_fused.backend(backend):
             y = model.eval()(x)
             assert_explained(model, x)
     assert largest(y.double() - oracle) <= 2 * largest(expected.double() - oracle) + 2**-22 * largest(oracle)
-    with resnet_fused.backend("triton"):
+    with resnet_fused.backend(backend):
         found = train_step(model, x)
         assert_explained(model, x)
     assert_same_step(found, train_step(twin, x))

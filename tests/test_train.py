@@ -18,12 +18,12 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from resnet_fused import cli, fetch
+from resnet_fused import cli, fetch, get_model
 from resnet_fused.train import Settings, checkpoint, data, load_model, logs, loop
 from resnet_fused.train.augment import Lighting, crop_flip, imagenet_train
 from resnet_fused.train.batches import make_source
 from resnet_fused.train.distributed import World
-from resnet_fused.train.recipes import Schedule
+from resnet_fused.train.recipes import Schedule, make_optimizer
 
 CPU = torch.device("cpu")
 TINY = ("--data", "synthetic:60x16", "--batch", "8", "--device", "cpu", "--log-every", "1", "--lr", "0.05")
@@ -379,7 +379,7 @@ def test_compiled_it_is_the_same_run(run, monkeypatch):
     assert rows(run("compiled", *options, "--compile")) == rows(run("plain", *options))
 
 
-KILLED = ("--iterations", "30", "--save-every", "4", "--eval-every", "7", "--warm-up")
+KILLED = ("--iterations", "30", "--save-every", "4", "--eval-every", "7", "--warm-up", "--plateau")
 
 
 def test_killed_and_resumed_it_is_the_uninterrupted_run_to_the_bit(run, tmp_path):
@@ -405,14 +405,19 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run_to_the_bit(run, tmp_path
     assert_same(resumed, whole)
 
 
-def test_torchruns_processes_match_one_on_the_whole_batch(run, tmp_path):
-    # images so small that no ReLU is near enough to its kink to fall on the other side of it
-    options = ("--data", "synthetic:60x8", "--batch", "16", "--iterations", "4", "--lr", "0.001", "--sync-bn")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*torchrun, "resnet_fused", "train", *TINY, *options, "--out", str(tmp_path / "two")]
+def torchrun(out, *options):
+    """A run of two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["resnet_fused", "train", *TINY, *options, "--out", str(out)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test error") == 1
+
+
+def test_torchruns_processes_match_one_on_the_whole_batch(run, tmp_path):
+    # images so small that no ReLU is near enough to its kink to fall on the other side of it
+    options = ("--data", "synthetic:60x8", "--batch", "16", "--iterations", "4", "--lr", "0.001", "--sync-bn")
+    torchrun(tmp_path / "two", *options)
     one = run("one", *options)
     for name in ("train", "eval"):
         for a, b in zip(rows(tmp_path / "two", name), rows(one, name), strict=True):
@@ -426,6 +431,21 @@ def test_torchruns_processes_match_one_on_the_whole_batch(run, tmp_path):
         for key, value in part(one).items():
             difference = (part(two)[key] - value).float().norm()
             assert difference <= 1e-3 * value.float().norm(), key
+
+
+def test_without_sync_bn_processes_average_their_gradients(tmp_path):
+    options = ("--data", "synthetic:60x8", "--batch", "16", "--iterations", "1")
+    torchrun(tmp_path / "two", *options)
+    two = checkpoint.read(tmp_path / "two")
+    settings = Settings(**two["config"])
+    torch.manual_seed(settings.seed)
+    model = get_model(settings.model, **two["model_kwargs"]).train()
+    for rank in range(2):
+        [(x, labels)] = make_source(settings, World(rank, 2), torch.device("cpu"), 0).train(0, 1)
+        (nn.functional.cross_entropy(model(x), labels) / 2).backward()
+    make_optimizer(settings, model).step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(two["state_dict"][name], value.detach(), rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_finished_run_is_not_run_again(run):

@@ -36,6 +36,13 @@ struct ConvTile {
 
 // Estimates: operand bytes a multiply-add, registers and shared memory. Not measured on any GPU yet.
 inline constexpr ConvTile kConvTiles[] = {{128, 128, 1.0, 1}, {128, 64, 0.8, 2}, {64, 64, 0.6, 3}};
+constexpr int conv_resident(int m, int n) {
+  for (const ConvTile& tile : kConvTiles) {
+    if (tile.m == m && tile.n == n) return tile.resident;
+  }
+  return 1;
+}
+
 inline constexpr ConvTile kSplitTile = {128, 128, 1.0, 1};  // the split GEMM's
 inline constexpr int kConvStepBytes = 128;                  // of C in one step of the main loop
 
@@ -59,7 +66,8 @@ inline const char* why_not_conv(const ConvProblem& p, ConvFamily family) {
   if (p.stride_h > 2 || p.stride_w > 2) return "the CUDA kernels serve strides 1 and 2";
   if (p.pad_h > 127 || p.pad_w > 127) return "the CUDA kernels serve a padding of at most 127";
   if (p.dilation_h > 64 || p.dilation_w > 64) return "the CUDA kernels serve a dilation of at most 64";
-  if (p.P() < 1 || p.Q() < 1) return "the filter is larger than the padded input";
+  if (p.H + 2 * p.pad_h <= p.dilation_h * (p.R - 1) || p.W + 2 * p.pad_w <= p.dilation_w * (p.S - 1))
+    return "the filter is larger than the padded input";
   const int64_t widest = (int64_t{1} << 31) - 1;
   if (p.M() > widest) return "there are 2^31 output pixels or more";
   if (family == ConvFamily::kSm80) {

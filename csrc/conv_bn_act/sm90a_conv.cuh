@@ -35,6 +35,7 @@ struct Conv {
   using Device = cutlass::conv::device::ConvUniversalAdapter<Kernel>;
   using StrideC = typename Kernel::StrideC;
   static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
+  static_assert((Kernel::SharedStorageSize + 1024) * conv_resident(kTileM, kTileN) <= 228 * 1024);
 
   static typename Kernel::Arguments arguments(const ConvArguments& args) {
     const ConvProblem& p = args.problem;
@@ -61,8 +62,8 @@ template <class Element>
 Failure conv(const ConvArguments& args, cudaStream_t stream) {
   const ConvPlan& plan = args.plan;
   if (plan.tile_m == 128 && plan.tile_n == 128) return run<Element, 128, 128, 6>(args, stream);
-  if (plan.tile_m == 128 && plan.tile_n == 64) return run<Element, 128, 64, 4>(args, stream);
-  if (plan.tile_m == 64 && plan.tile_n == 64) return run<Element, 64, 64, 4>(args, stream);
+  if (plan.tile_m == 128 && plan.tile_n == 64) return run<Element, 128, 64, 3>(args, stream);
+  if (plan.tile_m == 64 && plan.tile_n == 64) return run<Element, 64, 64, 3>(args, stream);
   return "there is no such tile";
 }
 

@@ -32,8 +32,13 @@ class Log:
         draw(self._folder)
 
     def _add(self, name: str, prefix: str, values: dict[str, Any]) -> None:
-        csv.writer(self._files[name], lineterminator="\n").writerow([values[key] for key in _NAMES[name]])
-        self._files[name].flush()
+        file = self._files[name]
+        try:
+            csv.writer(file, lineterminator="\n").writerow([values[key] for key in _NAMES[name]])
+            file.flush()
+        except OSError as error:
+            error.filename = error.filename or file.name
+            raise
         if self._writer is not None:
             for key, value in values.items():
                 if key not in ("step", "split"):

@@ -34,13 +34,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World = ALONE) -
     """Mean cross-entropy and top-1 error in eval mode, over the batches of all processes; the mode is put back."""
     training = model.training
     model.eval()
-    total = None
+    total = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
     with torch.inference_mode():
         for x, labels in batches:
             logits = model(x).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            row = torch.stack((loss, (logits.argmax(1) != labels).sum(), loss.new_tensor(len(labels)))).double()
-            total = row if total is None else total + row
+            total += torch.stack((loss, (logits.argmax(1) != labels).sum(), loss.new_tensor(len(labels))))
     model.train(training)
     loss, wrong, count = world.sum(total).tolist()
     return Evaluation(loss / count, 100 * wrong / count)
@@ -95,7 +94,10 @@ class _Run:
         settings.complete(self.source.count)
         torch.backends.cudnn.benchmark = device.type == "cuda"
         torch.manual_seed(settings.seed)
-        self.model_kwargs = {"num_classes": len(self.source.classes), **settings.model_kwargs}
+        classes = len(self.source.classes)
+        self.model_kwargs = {"num_classes": classes, **settings.model_kwargs}
+        if self.model_kwargs["num_classes"] < classes:
+            raise ValueError(f"num_classes is {self.model_kwargs['num_classes']}, and {settings.data} has {classes}")
         try:
             self.model = models.get_model(settings.model, **self.model_kwargs).train().to(device)
         except TypeError as error:
