@@ -286,7 +286,7 @@ def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
         (["--model", "resnet18", "--data", "synthetic:40x32"], "--model goes with --weights and --data"),
         (["--model", "resnet18", "--weights", "x.pth", "--data", "synthetic:40x32"], "there is no such file"),
         (["--model", "cifar_resnet20", "--weights", "x", "--data", "synthetic:40x32"], "needs its checkpoint"),
-        (["{cifar}", "--device", "mars"], "--device takes cpu, cuda or cuda:N, got 'mars'"),
+        (["{cifar}", "--device", "mars"], 'device must be "cpu", "cuda" or "cuda:N", got \'mars\''),
     ],
 )
 def test_bad_arguments_of_eval(saved, fails, argv, message):
