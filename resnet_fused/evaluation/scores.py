@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..train import data
@@ -109,16 +109,8 @@ def batches(
         yield prepare(torch.cat([views[0] for views, _ in chunk])), target[[y for _, y in chunk]].to(device)
 
 
-def _loader(samples: Samples, batch: int, workers: int) -> "_Loader":
-    return _Loader(samples, batch, num_workers=0 if samples.in_memory else workers, collate_fn=list)
-
-
-class _Loader(DataLoader):
-    def __iter__(self) -> Iterator[list[tuple[list[Tensor], int]]]:
-        try:
-            yield from super().__iter__()
-        except ValueError as error:  # a worker's message is its whole traceback
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+def _loader(samples: Samples, batch: int, workers: int) -> data.Loader:
+    return data.Loader(samples, batch, num_workers=0 if samples.in_memory else workers, collate_fn=list)
 
 
 class _Normalise:

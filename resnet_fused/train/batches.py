@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from . import augment, data
 from .distributed import World
@@ -97,20 +97,17 @@ class Loaded:
     def train(self, start: int, stop: int) -> Iterator[Batch]:
         """As `InMemory.train`."""
         order = _Order(self.count, self._settings, self._world, start, stop)
-        yield from self._moved(DataLoader(_Seeded(self._train), batch_sampler=order, **self._options))
+        yield from self._moved(data.Loader(_Seeded(self._train), batch_sampler=order, **self._options))
 
     def evaluation(self, split: str) -> Iterator[Batch]:
         """As `InMemory.evaluation`."""
         part = Subset(self._test, range(self._world.rank, len(self._test), self._world.size))
         size = max(1, self._settings.batch // self._world.size)
-        yield from self._moved(DataLoader(part, batch_size=size, **self._options))
+        yield from self._moved(data.Loader(part, batch_size=size, **self._options))
 
-    def _moved(self, loader: DataLoader) -> Iterator[Batch]:
-        try:
-            for x, y in loader:
-                yield _nhwc(x.to(self._device, non_blocking=True)), y.to(self._device, non_blocking=True)
-        except ValueError as error:  # a worker's message is its whole traceback
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    def _moved(self, loader: data.Loader) -> Iterator[Batch]:
+        for x, y in loader:
+            yield _nhwc(x.to(self._device, non_blocking=True)), y.to(self._device, non_blocking=True)
 
 
 class _Order:

@@ -1,13 +1,14 @@
 """Data sets by name: CIFAR-10 and synthetic images in memory, folders in ImageNet's layout on disk."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..fetch import cached
 
@@ -50,6 +51,16 @@ def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None
     if match := re.fullmatch(r"synthetic(?::(\d+)(?:x(\d+))?)?", name):
         return _synthetic(int(match[1] or 4096), int(match[2] or 32), split)
     raise ValueError(f"data must be {KINDS}; got {name!r}")
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers' ValueErrors are the one line that says what was wrong, not their whole traceback."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except ValueError as error:
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def hold_out(data: Images, count: int) -> tuple[Images, Images]:
