@@ -6,6 +6,7 @@ instead, under the same dispatch key: autograd, autocast, views and allocation s
 """
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def install(library: ctypes.CDLL) -> None:
         function = getattr(getattr(torch.ops.aten, packet), overload or "default")
         if function.is_view:
             continue
-        _registration.impl(operator, _on_host(function), "CUDA", allow_override=True)
+        _registration.impl(operator, _on_host(_taking_numbers(function, packet)), "CUDA", allow_override=True)
     for operator, function in cudnn.OPERATORS.items():
         _registration.impl(operator, _on_host(function), "CUDA", allow_override=True)
 
@@ -49,6 +50,19 @@ def _needs_a_kernel(name: str, operator: str) -> bool:
     if operator in _NATIVE or packet in _NATIVE:
         return False
     return packet in _COMPOSITES or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+def _taking_numbers(function: Callable, packet: str) -> Callable:
+    """PyTorch hands a number that stands for a tensor to a kernel in Python as a number: another overload takes it."""
+    tensors = [i for i, a in enumerate(function._schema.arguments) if str(a.type) == "Tensor" and not a.kwarg_only]
+    overloads = getattr(torch.ops.aten, packet)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        given = any(i < len(args) and isinstance(args[i], (bool, int, float, complex)) for i in tensors)
+        return (overloads if given else function)(*args, **kwargs)
+
+    return call
 
 
 def host_tensor(t: Tensor) -> Tensor:
@@ -84,7 +98,7 @@ def _host_generator(generator: torch.Generator) -> torch.Generator:
 
 
 def _on_host(function: Callable) -> Callable:
-    name = str(function)
+    name = function.__name__
 
     def call(*args, **kwargs):
         used[name] = used.get(name, 0) + 1
@@ -132,7 +146,7 @@ def _device_of(args: tuple, kwargs: dict[str, Any]) -> torch.device:
 
 def _record(function: Callable, args: tuple, kwargs: dict, stream: ctypes.c_void_p, up: Callable) -> Any:
     """Inside a capture: results of the right kind now, the computation at every replay."""
-    if str(function).startswith("aten._local_scalar_dense"):
+    if function.__name__.startswith("_local_scalar_dense"):
         raise RuntimeError("operation not permitted when stream is capturing: a value is read back")
     copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
     originals = {id(c): o for c, o in zip(*map(tree_leaves, (copies, (args, kwargs))), strict=True)}

@@ -75,6 +75,7 @@ struct Module {
 struct TensorMap {                      // our own layout of the 128 bytes of a CUtensorMap
   u32 magic;
   u8 im2col, dtype, rank, swizzle;
+  u64 reserved;                         // callers clear bit 21 of the second word: a workaround for real drivers
   u64 address;
   u32 dims[5];                          // less 1
   u64 strides[4];
