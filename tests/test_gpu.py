@@ -22,7 +22,7 @@ from resnet_fused.train import loop as train_loop
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*is disabled on this device")]
 BACKENDS = ["auto", "cuda", "triton", "cudnn"]
 DEVICE = torch.device("cuda")
-SIZE = 48 if VIRTUAL else 224  # of whole models' images
+SIZE = 32 if VIRTUAL else 224  # of whole models' images
 SMALL = [c for c in CASES if not c.large]
 
 
