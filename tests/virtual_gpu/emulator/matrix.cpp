@@ -90,9 +90,10 @@ void mma(Context& c, const Instruction& op, u32) {  // m16n8: D = A B + C
   for (int i = 0; i < 4; ++i)
     for (int lane = 0; lane < kWarpSize; ++lane) element(lane, i) = lanes<float>(c, addend[i])[lane];
   for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < depth; ++k)
-      for (int column = 0; column < 8; ++column)
-        C[row][column] = __builtin_fmaf(A[row][k], B[k][column], C[row][column]);
+    for (int k = 0; k < depth; ++k) {
+      const float x = A[row][k];
+      for (int column = 0; column < 8; ++column) C[row][column] = __builtin_fmaf(x, B[k][column], C[row][column]);
+    }
   for (int i = 0; i < 4; ++i)
     for (int lane = 0; lane < kWarpSize; ++lane) lanes<float>(c, d[i])[lane] = element(lane, i);
   counters.mma++;
