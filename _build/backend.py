@@ -15,7 +15,7 @@ from setuptools.build_meta import *  # noqa: F403  the hooks that are not overri
 
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # for its headers
 CUDA_REQUIREMENTS = ["torch>=2.11", "ninja", CUTLASS]
-DEFAULT_ARCHS = "8.0+PTX 9.0a"  # without a GPU to ask: PTX serves later ones
+DEFAULT_ARCHS = ["8.0+PTX", "9.0a", "10.0", "12.0"]  # without a GPU to ask: PTX serves what has no binary
 _GO_AHEAD = "to compile them, have a CUDA toolkit and set RESNET_FUSED_FORCE_CUDA=1"
 
 toolkit: Path | None = None  # set while a build that compiles CUDA runs: setup.py reads both
@@ -76,37 +76,49 @@ def why_not_cuda(environ: Mapping[str, str], toolkit: Path | None, capabilities:
     return "this machine shows no GPU, and neither TORCH_CUDA_ARCH_LIST nor RESNET_FUSED_FORCE_CUDA=1 asks for it"
 
 
-def arch_list(environ: Mapping[str, str], capabilities: list[tuple[int, int]]) -> list[str]:
-    """What to compile for, as in TORCH_CUDA_ARCH_LIST: "9.0a", "8.0+PTX"."""
+def toolkit_archs(toolkit: Path) -> list[str]:
+    """What a toolkit's nvcc compiles for: "compute_80", "compute_120"."""
+    run = subprocess.run([toolkit / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def arch_list(environ: Mapping[str, str], capabilities: list[tuple[int, int]], known: list[str]) -> list[str]:
+    """What to compile for, as in TORCH_CUDA_ARCH_LIST: "9.0a", "8.0+PTX"; `known` as of `toolkit_archs`."""
     if environ.get("TORCH_CUDA_ARCH_LIST"):
         return re.split(r"[ ;,]+", environ["TORCH_CUDA_ARCH_LIST"].strip(" ;,"))
     if capabilities:
         return sorted({"9.0a" if capability == (9, 0) else "{}.{}".format(*capability) for capability in capabilities})
-    return DEFAULT_ARCHS.split()
+    return [arch for arch in DEFAULT_ARCHS if "compute_" + re.sub(r"\D", "", arch) in known]
 
 
 def gencode(archs: list[str]) -> dict[str, str]:
-    """From each target ("sm_90a", "compute_80") to nvcc's flag for it.
+    """From each target ("sm_90a", "compute_80") to nvcc's flag for it; what is below 8.0 is left out, with a note.
 
     Raises:
-        ValueError: an entry is not a compute capability.
+        ValueError: an entry is not a compute capability, or none is 8.0 or later.
     """
     flags = {}
     for arch in archs:
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if match is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0, 9.0a or 8.0+PTX, got {arch!r}")
-        number = match[1] + match[2]
-        for target in [f"sm_{number}"] + [f"compute_{number}"] * (match[3] is not None):
+        if int(match[1]) < 8:
+            print(f"resnet_fused: TORCH_CUDA_ARCH_LIST: {arch} is left out, the kernels need 8.0 or later")
+            continue
+        number = match[1] + match[2] + match[3]
+        for target in [f"sm_{number}"] + [f"compute_{number}"] * (match[4] is not None):
             flags[target] = f"-gencode=arch=compute_{number},code={target}"
+    if not flags:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected a capability of 8.0 or later, got {' '.join(archs)!r}")
     return flags
 
 
-def conv_families(targets: Iterable[str]) -> set[str]:
-    """Kernel families of the convolutions that a build for these targets ("sm_90a", "compute_80") needs."""
-    return {
-        "sm90a" if target.endswith("_90a") else "sm80" for target in targets if int(re.search(r"\d+", target)[0]) >= 80
-    }
+def conv_targets(targets: Iterable[str]) -> dict[str, list[str]]:
+    """The targets ("sm_90a", "compute_80") for which each kernel family of the convolutions is compiled."""
+    families: dict[str, list[str]] = {}
+    for target in targets:
+        families.setdefault("sm90a" if target.endswith("_90a") else "sm80", []).append(target)
+    return families
 
 
 def cutlass_includes() -> list[str]:

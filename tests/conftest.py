@@ -1,27 +1,56 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter: the switch has to be set before Triton is imported.
+"""Which device the tests have: a GPU, the virtual one (`--virtual-gpu=90`), or none, where Triton's interpreter serves.
 
-Each worker takes its share of the cores.
+The switches have to be set before torch and Triton are imported. Each worker takes its share of the cores.
 """
 
 import os
+import sys
 
-import torch
+import pytest
+
+VIRTUAL = next((a.partition("=")[2] for a in sys.argv if a.startswith("--virtual-gpu=")), None)
+VIRTUAL = os.environ.setdefault("PYTEST_VIRTUAL_GPU", VIRTUAL or "") or None  # for the workers
+if VIRTUAL:
+    import virtual_gpu
+
+    virtual_gpu.install(int(VIRTUAL))
+
+import torch  # noqa: E402
 
 torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest  # noqa: E402
-
 import resnet_fused  # noqa: E402
 from resnet_fused.fetch import FetchError, fetch  # noqa: E402
 
+MARKS = {
+    "gpu": (HAS_GPU, "needs a CUDA device; it runs on the virtual one: --virtual-gpu=90"),
+    "interpreter": (not HAS_GPU, "needs Triton's interpreter: the kernels are compiled here, and tested by -m gpu"),
+    "real_gpu": (HAS_GPU and not VIRTUAL, "needs a real GPU: too much to emulate, or not emulated"),
+    "virtual_gpu": (bool(VIRTUAL), "tests the virtual GPU: --virtual-gpu=90"),
+}
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("virtual GPU")
+    group.addoption("--virtual-gpu", metavar="CAPABILITY", help="run the tests marked gpu on one: 80, 86, 89, 90, 100, 120")
+    group.addoption("--share", type=int, default=1, metavar="N", help="of every test's parameters only each N-th")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share, seen = config.getoption("share"), {}
+    kept, dropped = [], []
     for item in items:
-        if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; the same cases run in Triton's interpreter"))
+        seen[item.function] = seen.get(item.function, -1) + 1
+        on_device = not VIRTUAL or item.get_closest_marker("gpu") or item.get_closest_marker("virtual_gpu")
+        (kept if on_device and seen[item.function] % share == 0 else dropped).append(item)
+        for name, (met, reason) in MARKS.items():
+            if item.get_closest_marker(name) and not met:
+                item.add_marker(pytest.mark.skip(reason=reason))
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -71,39 +71,45 @@ def test_cuda_home_is_obeyed(toolkit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "environ, capabilities, archs",
+    "environ, capabilities, known, archs",
     [
-        ({}, [], ["8.0+PTX", "9.0a"]),
-        ({}, [(9, 0), (8, 6), (9, 0)], ["8.6", "9.0a"]),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 10.0+PTX"}, [(9, 0)], ["8.0", "9.0a", "10.0+PTX"]),
+        ({}, [], "80 86 90 100 120 121", ["8.0+PTX", "9.0a", "10.0", "12.0"]),
+        ({}, [], "75 80 90", ["8.0+PTX", "9.0a"]),
+        ({}, [(9, 0), (8, 6), (9, 0)], "80 86 90", ["8.6", "9.0a"]),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 10.0+PTX"}, [(9, 0)], "80 90", ["8.0", "9.0a", "10.0+PTX"]),
     ],
 )
-def test_what_is_compiled_for(environ, capabilities, archs):
-    assert backend.arch_list(environ, capabilities) == archs
+def test_what_is_compiled_for(environ, capabilities, known, archs):
+    assert backend.arch_list(environ, capabilities, [f"compute_{number}" for number in known.split()]) == archs
 
 
-def test_nvcc_flags():
-    assert backend.gencode(["8.0+PTX", "9.0a"]) == {
+def test_the_toolkit_says_what_it_compiles_for(toolkit):
+    script(toolkit / "bin/nvcc", "echo compute_80; echo compute_90")
+    assert backend.toolkit_archs(toolkit) == ["compute_80", "compute_90"]
+
+
+def test_nvcc_flags(capsys):
+    assert backend.gencode(["8.0+PTX", "9.0a+PTX"]) == {
         "sm_80": "-gencode=arch=compute_80,code=sm_80",
         "compute_80": "-gencode=arch=compute_80,code=compute_80",
         "sm_90a": "-gencode=arch=compute_90a,code=sm_90a",
+        "compute_90a": "-gencode=arch=compute_90a,code=compute_90a",
     }
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST.*'Hopper'"):
         backend.gencode(["Hopper"])
+    assert set(backend.gencode(["7.5+PTX", "8.6"])) == {"sm_86"}
+    assert "7.5+PTX is left out, the kernels need 8.0 or later" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a capability of 8.0 or later, got '7.0 7.5'"):
+        backend.gencode(["7.0", "7.5"])
 
 
-@pytest.mark.parametrize(
-    "targets, families",
-    [
-        (["sm_90a"], {"sm90a"}),
-        (["sm_80", "compute_80", "sm_90a"], {"sm80", "sm90a"}),
-        (["sm_75", "sm_86"], {"sm80"}),
-        (["sm_90", "compute_120"], {"sm80"}),
-        (["sm_75"], set()),
-    ],
-)
-def test_which_convolutions_are_compiled(targets, families):
-    assert backend.conv_families(targets) == families
+def test_which_convolutions_are_compiled_for_what():
+    targets = ["sm_80", "compute_80", "sm_90a", "compute_90a", "sm_90", "sm_100f"]
+    assert backend.conv_targets(targets) == {
+        "sm80": ["sm_80", "compute_80", "sm_90", "sm_100f"],
+        "sm90a": ["sm_90a", "compute_90a"],
+    }
+    assert backend.conv_targets(["sm_90a"]) == {"sm90a": ["sm_90a"]}
 
 
 def test_what_ptxas_and_cuobjdump_say_is_read():
@@ -113,6 +119,8 @@ def test_what_ptxas_and_cuobjdump_say_is_read():
     assert aot_cuda.usage(dump) == {"f": dict(REG=80, STACK=8, SHARED=1024, LOCAL=0), "g": dict(REG=9, STACK=0)}
     sass = "Function : f\n HGMMA.64x64x16.F32.BF16 R24\n Function : g\n FFMA R1\n"
     assert aot_cuda.tensor_cores(sass) == {"f": {"HGMMA.64x64x16.F32.BF16"}, "g": set()}
+    parts = aot_cuda.by_arch("Fatbin elf code:\narch = sm_80\nf\narch = sm_90a\ng\narch = sm_80\nh\n")
+    assert {arch: part.split() for arch, part in parts.items()} == {"sm_80": ["f", "h"], "sm_90a": ["g"]}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A wrong kernel is caught, disabled and named, and the answer is eager's, whatever the files that remember it hold."""
 
+import ctypes
 import json
 import warnings
 
@@ -110,6 +111,19 @@ def test_another_versions_verdicts_do_not_count(tmp_path):
     with pytest.warns(UserWarning, match="it was written for .*'torch': '1.0'"):
         call()
     assert list(stored(tmp_path)[1]["entries"].values()) == [""]
+
+
+def test_a_cuda_device_is_known_by_its_name_and_its_drivers_version(monkeypatch):
+    def version(found):
+        found._obj.value = 13020
+        return 0
+
+    driver = type("Driver", (), {"cuDriverGetVersion": staticmethod(version)})
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    found = _store.environment(torch.device("cuda", 0))
+    assert found["device"] == "NVIDIA H100 (compute capability 9.0)" and found["driver"] == "13020"
 
 
 def test_an_unwritable_folder_is_a_warning(tmp_path, monkeypatch):

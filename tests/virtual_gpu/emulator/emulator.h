@@ -210,6 +210,7 @@ struct Module {
 struct TensorMap {  // our own layout of the 128 bytes of a CUtensorMap
   u32 magic;
   u8 im2col, data_type, rank, swizzle;
+  u64 reserved;  // callers clear bit 21 of the second word: a workaround for real drivers
   u64 address;
   u32 last[5];  // the dimensions, less 1
   u64 strides[4];
