@@ -221,11 +221,7 @@ class Scheduler {
 
   bool advance_all() {
     bool any = false;
-    try {
-      for (auto& cta : ctas_) any |= advance_some_transfer(*cta);
-    } catch (const Fault& error) {
-      throw Fault(error.what() + where());
-    }
+    for (auto& cta : ctas_) in_flight(*cta, [&] { any |= advance_some_transfer(*cta); });
     if (!any) return false;
     launch_.progress = launch_.executed;
     for (auto& cta : ctas_) cta->wake();
@@ -253,25 +249,36 @@ class Scheduler {
 
   void advance_copies(Cta& cta) {
     // a warp that spins on global memory keeps everyone busy while a copy that it waits for indirectly is in flight
-    if (launch_.style != kEager && launch_.executed - launch_.progress > 20000 && one_in_four() &&
-        advance_some_transfer(*ctas_[launch_.random() % ctas_.size()]))
-      launch_.progress = launch_.executed;
+    if (launch_.style != kEager && launch_.executed - launch_.progress > 20000 && one_in_four()) {
+      Cta& other = *ctas_[launch_.random() % ctas_.size()];
+      in_flight(other, [&] {
+        if (advance_some_transfer(other)) launch_.progress = launch_.executed;
+      });
+    }
     if (launch_.style != kRandom) return;
-    if (one_in_four()) advance_some_transfer(cta);
-    if (one_in_four()) complete_next_wgmma(some_warp(cta));
-    if (one_in_four()) land_some_copy(some_warp(cta));
+    in_flight(cta, [&] {
+      if (one_in_four()) advance_some_transfer(cta);
+      if (one_in_four()) complete_next_wgmma(some_warp(cta));
+      if (one_in_four()) land_some_copy(some_warp(cta));
+    });
   }
   bool one_in_four() { return launch_.random() % 4 == 0; }
   Warp& some_warp(Cta& cta) { return cta.warps[launch_.random() % cta.warps.size()]; }
 
   void end(Cta& cta) {
-    try {
-      finish_transfers(cta);
-    } catch (const Fault& error) {
-      throw Fault(name() + ": CTA " + std::to_string(cta.linear_id) + ": " + error.what());
-    }
+    in_flight(cta, [&] { finish_transfers(cta); });
     std::erase_if(ctas_, [&](const auto& owned) { return owned.get() == &cta; });
     if (next_ < total_) start();
+  }
+
+  // What goes wrong between the instructions of warps happens to a CTA.
+  template <class F>
+  void in_flight(const Cta& cta, F advance) const {
+    try {
+      advance();
+    } catch (const Fault& error) {
+      throw Fault(name() + ": CTA " + std::to_string(cta.linear_id) + ": " + error.what() + where());
+    }
   }
 
   std::string name() const { return launch_.kernel->name.substr(0, 100); }
