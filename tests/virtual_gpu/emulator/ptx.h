@@ -6,6 +6,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 // Parses a PTX file; never null. ptx_error says why it could not be read, "" if it could.
 void* ptx_load(const char* text);
@@ -61,6 +62,7 @@ int ptx_encode_im2col(void* map, int data_type, uint32_t rank, const void* addre
 // Why the calling thread's last ptx_encode_* refused, naming the driver's argument.
 const char* ptx_encode_error(void);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif
