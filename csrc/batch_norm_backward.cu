@@ -15,8 +15,8 @@ BackwardParams to_params(const Tensor& dy, const Tensor& z, const OptionalTensor
                          const OptionalTensor& residual_mean, const OptionalTensor& residual_var,
                          const OptionalTensor& relu_mask, bool relu) {
   check_activation(dy, "dy");
-  check_like(z, "z", dy);
-  if (residual) check_like(*residual, "residual", dy);
+  check_like(z, "z", dy, "dy");
+  if (residual) check_like(*residual, "residual", dy, "dy");
   STD_TORCH_CHECK(residual || !residual_mean, "residual_mean and residual_var need residual; dy is ", shape(dy));
   if (relu_mask) {
     const Tensor& m = *relu_mask;
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_dx(
     STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Float && same_device(*count, dy),
                     "count must be one float32 on dy's device; dy is ", shape(dy), ", count ", shape(*count));
   }
-  if (dtotal) check_like(*dtotal, "dtotal", dy);
+  if (dtotal) check_like(*dtotal, "dtotal", dy, "dy");
   params.sum_dz = sums_or_null(sum_dz, "sum_dz", dy);
   params.sum_dz_xhat = sums_or_null(sum_dz_xhat, "sum_dz_xhat", dy);
   params.sum_dz_rhat = sums_or_null(sum_dz_rhat, "sum_dz_rhat", dy);

@@ -61,11 +61,12 @@ inline void check_activation(const Tensor& x, const char* name) {
                   layout(x));
 }
 
-// t goes elementwise with the activation x.
-inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(same_shape(t, x), name, " must have x's shape ", shape(x), ", got ", shape(t));
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype; its shape is ", shape(t));
-  STD_TORCH_CHECK(same_device(t, x), name, " must be on x's device; its shape is ", shape(t));
+// t goes elementwise with the activation x, which the message calls `like`.
+inline void check_like(const Tensor& t, const char* name, const Tensor& x, const char* like = "x") {
+  STD_TORCH_CHECK(same_shape(t, x), name, " must have the shape of ", like, ", ", shape(x), ", got ", shape(t));
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of ", like, "; its shape is ",
+                  shape(t));
+  STD_TORCH_CHECK(same_device(t, x), name, " must be on the device of ", like, "; its shape is ", shape(t));
   check_activation(t, name);
 }
 

@@ -55,7 +55,6 @@ Failure launch([[maybe_unused]] const ConvArguments& args, [[maybe_unused]] Conv
 #ifdef RESNET_FUSED_SM90A
   if (family == ConvFamily::kSm90a) {
     if (args.plan.splits == 1) return sm90a::conv<Element>(args, stream);
-    if (args.plan.splits < 1 || !args.problem.is_gemm()) return "this convolution can't be split";
     if constexpr (!std::is_same_v<Element, float>) {
       const auto bytes = static_cast<int64_t>(sm90a::split_workspace<Element>(args));
       const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
@@ -99,13 +98,19 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& 
                             weight.size(2), weight.size(3), stride[0],   stride[1], padding[0],
                             padding[1],     dilation[0],    dilation[1], 1,         int64_t(x.element_size())};
   const std::optional<ConvFamily> family = conv_family(major, minor);
+  const ConvPlan plan{int(tile_m), int(tile_n), int(splits)};
   const char* reason = family ? why_not_conv(problem, *family) : "this build has no convolutions for the device";
-  STD_TORCH_CHECK(reason == nullptr, "conv_bn_act on x ", shape(x), " with weight ", shape(weight), ": ", reason);
+  if (reason == nullptr) reason = why_not_plan(problem, plan, *family);
+  const auto check = [&](const char* wrong) {
+    STD_TORCH_CHECK(wrong == nullptr, "conv_bn_act on x ", shape(x), " with weight ", shape(weight), ", tile ", tile_m,
+                    "x", tile_n, ", splits ", splits, ": ", wrong);
+  };
+  check(reason);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor y = torch::stable::empty({problem.N, K, problem.P(), problem.Q()}, x.scalar_type(), std::nullopt, x.device(),
                                   std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  if (residual) check_like(*residual, "residual", y);
+  if (residual) check_like(*residual, "residual", y, "the output");
   if (y.numel() == 0) return y;
   check_aligned(x, "x");
   check_aligned(weight, "weight");
@@ -113,7 +118,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 
   const ConvArguments args{
       problem,
-      {int(tile_m), int(tile_n), int(splits)},
+      plan,
       x.const_data_ptr(),
       weight.const_data_ptr(),
       data_or_null(residual),
@@ -128,11 +133,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   const auto run = x.scalar_type() == ScalarType::Half       ? launch<cutlass::half_t>
                    : x.scalar_type() == ScalarType::BFloat16 ? launch<cutlass::bfloat16_t>
                                                              : launch<float>;
-  const Failure failure = run(args, *family, x, static_cast<cudaStream_t>(stream));
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(failure == nullptr && error == cudaSuccess, "conv_bn_act on x ", shape(x), " with weight ",
-                  shape(weight), ", tile ", tile_m, "x", tile_n, ", splits ", splits, ": ",
-                  failure == nullptr ? "" : failure, error == cudaSuccess ? "" : cudaGetErrorString(error));
+  check(run(args, *family, x, static_cast<cudaStream_t>(stream)));
   return y;
 }
 

@@ -45,7 +45,7 @@ py::tuple conv_plans(const std::vector<int64_t>& x, const std::vector<int64_t>& 
   const char* reason = resnet_fused::why_not_conv(problem, *family);
   if (reason != nullptr) return py::make_tuple(reason, py::list());
   py::list plans;
-  for (const auto& plan : resnet_fused::conv_plans(problem, *family, multiprocessors)) {
+  for (const auto& plan : resnet_fused::conv_plans(problem, *family, {major, minor, multiprocessors})) {
     plans.append(py::make_tuple(plan.tile_m, plan.tile_n, plan.splits));
   }
   return py::make_tuple(py::none(), plans);

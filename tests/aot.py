@@ -4,7 +4,8 @@
     python tests/aot.py --quick    the default configurations
 
 The launchers run on meta tensors and their launches are recorded, so what is compiled is what they launch. Exits with 1
-on a spill, on more shared memory than the architecture has, or where a 16-bit convolution uses no wgmma on sm_90.
+on a spill, on more shared memory than the architecture has, where a 16-bit convolution uses no wgmma on sm_90, where
+one in TF32 uses no tensor cores or cuts its operands, or where a division is not to nearest.
 """
 
 import argparse
@@ -238,6 +239,14 @@ def compile_job(task: tuple[int, bool, int]) -> tuple[str, list[str]]:
     is_16_bit_conv = "conv_bn_act" in launch.kernel.fn.__module__ and job.dtype.itemsize == 2
     if is_16_bit_conv and job.arch == 90 and not mma["wgmma.mma_async"]:
         wrong.append("has no wgmma")
+    if launch.arguments.get("PRECISION") == "tf32" and job.dtype == torch.float32:
+        if not any(mma.values()):
+            wrong.append("has no MMA")
+        if "cvt.rna.tf32.f32" not in compiled.asm["ptx"]:
+            wrong.append("cuts its operands to TF32 where cuDNN rounds them")
+    # statistics_kernel divides once a tile, where a division to nearest would cost its time
+    if "div.full" in compiled.asm["ptx"] and launch.kernel.__name__ != "statistics_kernel":
+        wrong.append("divides without rounding to nearest")
     return line, wrong
 
 

@@ -3,11 +3,13 @@
     python tests/aot_cuda.py 8.0 9.0a
     python tests/aot_cuda.py "8.0+PTX 9.0a+PTX" --readable-ptx --wheels wheels  # one build
 
-Exits with 1 where a kernel spills, where ptxas serialises wgmma (C7510) or ignores setmaxnreg (C7508), or where a
-convolution has no tensor core instruction: HGMMA on sm_90a, HMMA elsewhere.
+Exits with 1 where a kernel spills, where ptxas serialises wgmma (C7510) or ignores setmaxnreg (C7508), where a
+convolution has no tensor core instruction (HGMMA on sm_90a, HMMA elsewhere), or where more or fewer of its blocks share
+a multiprocessor than planner.h says.
 """
 
 import argparse
+import ctypes
 import os
 import re
 import subprocess
@@ -17,6 +19,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import conv_planner
 from triton import knobs
 
 ROOT = Path(__file__).parents[1]
@@ -64,17 +67,33 @@ def kind(name: str) -> str | None:
     return next((k for k in KINDS if k in name), None)
 
 
+def tile(name: str) -> tuple[int, int]:
+    """Rows and columns of a convolution's tile, from its mangled name: in CuTe's the second may refer to the first."""
+    tuples = r"TmaWarpSpecialized\w*?IJNS\w+?_ILi(\d+)EEE(?:NS\w+?_ILi(\d+)EEE|S\w+?_)"
+    rows, columns = (re.search(r"GemmShapeILi(\d+)ELi(\d+)E", name) or re.search(tuples, name)).groups()
+    return int(rows), int(columns or rows)
+
+
 def label(name: str) -> str:
-    """A mangled kernel's class and, of a convolution, the rows of its tile."""
+    """A mangled kernel's class and, of a convolution, its tile."""
     if kind(name) is None:
         return re.search(r"\d+([a-z_]+_kernel)", name)[1]
-    rows = re.search(r"(?:GemmShapeI|Kernel(?:Implicit)?TmaWarpSpecialized.*?I)Li(\d{2,})E", name)[1]
-    return f"{kind(name)} of {rows} rows"
+    return "{} of {}x{}".format(kind(name), *tile(name))
+
+
+def residency(planner: ctypes.CDLL, arch: str, name: str, registers: int, mma: set[str]) -> tuple[int, int]:
+    """Blocks that share a multiprocessor: by the built kernel's registers, and by the planner's table."""
+    major, minor = re.match(r"sm_(\d+)(\d)", arch).groups()
+    itemsize = 4 if any("TF32" in m for m in mma) else 2
+    kernel = (kind(name) == "ConvUniversal", itemsize, *tile(name))
+    built, planned = (planner.host_conv_resident(*kernel, r, int(major), int(minor)) for r in (registers, 0))
+    return built, planned
 
 
 def check(library: Path, log: str) -> int:
     """Print every kernel of a built `_C`; how many things are wrong."""
     wrong = complaints(log)
+    planner = conv_planner.load(library.parent)
     sass = by_arch(cuobjdump("-sass", library))
     for arch, dump in by_arch(cuobjdump("--dump-resource-usage", library)).items():
         cores = tensor_cores(sass[arch])
@@ -87,6 +106,12 @@ def check(library: Path, log: str) -> int:
             expected = None if kind(name) is None else "HMMA." if kind(name) == "ImplicitGemmConvolution" else "HGMMA."
             if expected is not None and not any(m.startswith(expected) for m in mma):
                 wrong.append(f"{arch}: {label(name)} has no {expected[:-1]}")
+            if kind(name) in ("ConvUniversal", "ImplicitGemmConvolution"):
+                built, planned = residency(planner, arch, name, used["REG"], mma)
+                if built != planned:
+                    wrong.append(
+                        f"{arch}: {built} blocks of {label(name)} share a multiprocessor, planned are {planned}"
+                    )
             if spilled:
                 wrong.append(f"{arch}: {label(name)} spills {spilled} bytes")
     for message in wrong:

@@ -124,6 +124,22 @@ def test_what_ptxas_and_cuobjdump_say_is_read():
 
 
 @pytest.mark.parametrize(
+    "name, tile",
+    [
+        (
+            "23ImplicitGemmConvolutionI22ImplicitGemmMultistageINS_4gemm9GemmShapeILi128ELi64ELi32EEENS4",
+            (128, 64),
+        ),
+        ("13ConvUniversalI36KernelImplicitTmaWarpSpecializedSm90ELi1EEENSB_IJNSC_ILi64EEESH_NSB_IJSH_EEEE", (64, 64)),
+        ("13ConvUniversalI36KernelImplicitTmaWarpSpecializedSm90ELi1EEENSB_IJNSC_ILi128EEENSC_ILi64EEENSB", (128, 64)),
+        ("13GemmUniversalI35KernelTmaWarpSpecializedCooperativeEEENS5_IJNSA_ILi128EEESF_NSA_ILi64EEEEEE", (128, 128)),
+    ],
+)
+def test_a_kernels_name_tells_its_tile(name, tile):
+    assert aot_cuda.tile(name) == tile
+
+
+@pytest.mark.parametrize(
     "archs, capability, runs",
     [
         (["sm_80"], (8, 0), True),

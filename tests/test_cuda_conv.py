@@ -4,8 +4,11 @@ import ctypes
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
+import conv_planner
+import host_cuda
 import pytest
 import torch
 from torch import nn
@@ -16,7 +19,6 @@ from resnet_fused.models import get_model
 from resnet_fused.ops.batch_norm_act.steps import plain_apply
 from resnet_fused.ops.conv_bn_act import backends, reference
 
-SOURCE = Path(__file__).parent / "host_cuda/conv_planner.cpp"
 NAMES = ["resnet18", "resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2"]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 100, 128, 256, 512, 1024]
 TILES = {(128, 128), (128, 64), (64, 64)}
@@ -26,20 +28,25 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is need
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory):
-    """`_C.conv_plans` of a build with both families."""
-    path = tmp_path_factory.mktemp("planner") / "planner.so"
-    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-std=c++17", "-Wall", "-Werror", SOURCE, "-o", path], check=True)
-    library = ctypes.CDLL(str(path))
-    library.host_conv_plans.restype = ctypes.c_char_p
+def library(tmp_path_factory):
+    return conv_planner.load(tmp_path_factory.mktemp("planner"))
 
-    def conv_plans(x, weight, stride, padding, dilation, groups, itemsize, major, minor, multiprocessors):
-        family = library.host_conv_family(major, minor, True, True)
-        N, C, H, W = x
-        K, _, R, S = weight
-        problem = (ctypes.c_int64 * 15)(N, H, W, C, K, R, S, *stride, *padding, *dilation, groups, itemsize)
+
+def problem(x, weight, stride, padding, dilation, groups, itemsize):
+    N, C, H, W = x
+    K, _, R, S = weight
+    return (ctypes.c_int64 * 15)(N, H, W, C, K, R, S, *stride, *padding, *dilation, groups, itemsize)
+
+
+@pytest.fixture(scope="module")
+def planner(library):
+    """`_C.conv_plans` of a build with both families."""
+
+    def conv_plans(*args):
+        *sizes, major, minor, multiprocessors = args
+        device = (library.host_conv_family(major, minor, True, True) == 90, major, minor, multiprocessors)
         found, count = (ctypes.c_int * 64)(), ctypes.c_int()
-        reason = library.host_conv_plans(problem, family == 90, multiprocessors, found, ctypes.byref(count))
+        reason = library.host_conv_plans(problem(*sizes), *device, found, ctypes.byref(count))
         plans = [tuple(found[3 * i : 3 * i + 3]) for i in range(count.value)]
         return reason and reason.decode(), plans
 
@@ -139,9 +146,13 @@ def test_a_short_gemm_with_a_long_reduction_is_split(planner):
         ((2, 16, 8, 8), (10, 16, 1, 1), {}, "multiples of 8"),
         ((2, 16, 8, 8), (16, 16, 5, 5), {}, "1x1 and 3x3"),
         ((2, 16, 8, 8), (16, 16, 1, 3), {}, "1x1 and 3x3"),
-        ((2, 16, 8, 8), (16, 16, 3, 3), {"stride": [3, 1]}, "strides 1 and 2"),
-        ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": [128, 1]}, "padding"),
-        ((2, 16, 300, 300), (16, 16, 3, 3), {"dilation": [1, 65]}, "dilation"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"stride": [3, 1]}, "stride of 1 or 2"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"stride": [1, 0]}, "stride of 1 or 2"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"stride": [-1, 1]}, "stride of 1 or 2"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": [128, 1]}, "padding of 0 to 127"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": [1, -1]}, "padding of 0 to 127"),
+        ((2, 16, 300, 300), (16, 16, 3, 3), {"dilation": [1, 65]}, "dilation of 1 to 64"),
+        ((2, 16, 8, 8), (16, 16, 3, 3), {"dilation": [0, 1]}, "dilation of 1 to 64"),
         ((2, 16, 2, 2), (16, 16, 3, 3), {}, "larger than the padded input"),
         ((2, 16, 2, 8), (16, 16, 3, 3), {"stride": [2, 2]}, "larger than the padded input"),
         ((2**17, 8, 128, 128), (8, 8, 1, 1), {}, "2\\^31 output pixels"),
@@ -153,6 +164,80 @@ def test_what_is_refused(planner, x, weight, options, reason):
     defaults = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
     found, plans = planner(x, weight, *(defaults | options).values(), 2, *H100)
     assert (found is None and plans) if reason is None else re.search(reason, found)
+
+
+def test_a_plan_that_no_kernel_runs_is_refused(library):
+    gemm = problem((1, 512, 7, 7), (512, 512, 1, 1), [1, 1], [0, 0], [1, 1], 1, 2)  # 8 steps
+    tf32 = problem((1, 512, 7, 7), (512, 512, 1, 1), [1, 1], [0, 0], [1, 1], 1, 4)
+    conv = problem((1, 512, 7, 7), (512, 512, 3, 3), [1, 1], [1, 1], [1, 1], 1, 2)
+    for sizes, sm90a, plan, reason in [
+        (gemm, True, (64, 64, 1), None),
+        (gemm, True, (128, 128, 8), None),
+        (gemm, True, (64, 64, 2), b"only the tile 128x128 can be split"),
+        (gemm, True, (128, 64, 2), b"only the tile 128x128 can be split"),
+        (gemm, True, (128, 128, 9), b"splits must be between 1 and"),
+        (gemm, True, (128, 128, 0), b"splits must be between 1 and"),
+        (gemm, True, (64, 128, 1), b"no such tile"),
+        (gemm, False, (128, 128, 1), None),
+        (gemm, False, (128, 128, 2), b"can't be split"),
+        (tf32, True, (128, 128, 2), b"can't be split"),
+        (tf32, False, (128, 128, 1), b"no such tile"),
+        (conv, True, (128, 128, 2), b"can't be split"),
+    ]:
+        found = library.host_why_not_plan(sizes, sm90a, *plan)
+        assert found is None if reason is None else reason in found, (plan, found)
+
+
+def test_every_plan_is_one_that_a_kernel_runs(library, planner, layers):
+    for shape, conv in layers:
+        for itemsize, device in product((2, 4), (H100, A100)):
+            sizes = ((4, *shape), *geometry(conv), itemsize)
+            for plan in planner(*sizes, *device)[1]:
+                assert library.host_why_not_plan(problem(*sizes), device == H100, *plan) is None
+
+
+@pytest.mark.parametrize(
+    "device, itemsize, blocks",
+    [
+        (H100, 2, [1, 2, 3]),
+        (H100, 4, [1, 2, 2]),
+        (A100, 2, [2, 3, 4]),
+        (A100, 4, [-1, 3, 4]),
+        (L4, 2, [1, 2, 3]),
+        (L4, 4, [-1, 2, 3]),
+        ((10, 0, 148), 2, [2, 3, 4]),
+        ((12, 0, 170), 2, [1, 2, 3]),
+    ],
+)
+def test_blocks_that_share_a_multiprocessor(library, device, itemsize, blocks):
+    tiles = [(128, 128), (128, 64), (64, 64)]
+    sm90a = device == H100
+    assert [library.host_conv_resident(sm90a, itemsize, *tile, 0, *device[:2]) for tile in tiles] == blocks
+
+
+@pytest.mark.skipif(host_cuda.include_dir() is None, reason="cuda_runtime_api.h is needed")
+def test_a_failed_launch_says_what_cuda_said(tmp_path):
+    source, path = Path(__file__).parent / "host_cuda/conv_launch.cpp", tmp_path / "launch.so"
+    flags = [
+        "-shared",
+        "-fPIC",
+        "-std=c++17",
+        "-Wall",
+        "-Werror",
+        "-Wl,-Bsymbolic",
+        "-isystem",
+        host_cuda.include_dir(),
+    ]
+    subprocess.run(["g++", *flags, source, "-o", path], check=True)
+    launch = ctypes.CDLL(str(path)).host_launch
+    launch.restype = ctypes.c_char_p
+    left = ctypes.c_int()
+    for attribute, launched, said in [
+        (0, 0, None),
+        (1, 0, b"invalid argument"),
+        (0, 209, b"no kernel image is available"),
+    ]:
+        assert launch(attribute, launched, ctypes.byref(left)) == said and left.value == 0
 
 
 def test_which_family_serves_which_device(planner):

@@ -51,6 +51,16 @@ inline std::optional<ConvFamily> conv_family(int major, int minor) {
 
 using Failure = const char*;  // what went wrong, or null
 
+// Launches a kernel; CUTLASS's own launchers clear CUDA's error, which says what went wrong.
+inline Failure launch_kernel(const void* kernel, dim3 grid, dim3 block, int shared, void* params, cudaStream_t stream) {
+  void* arguments[] = {params};
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) error = cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // it is told here, and not once more at the next check
+  return cudaGetErrorString(error);
+}
+
 // Element: cutlass::half_t, cutlass::bfloat16_t, or float, which is multiplied as TF32.
 namespace sm90a {
 template <class Element>

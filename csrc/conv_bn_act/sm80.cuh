@@ -12,6 +12,8 @@
 
 namespace resnet_fused::sm80 {
 
+inline constexpr ConvFamily kFamily = ConvFamily::kSm80;
+
 // max((acc - center) * scale + shift + residual, floor) on kCount channels of one pixel; NaN passes.
 template <typename Element, int kElements>
 class ChannelOutputOp {
@@ -107,7 +109,10 @@ struct Conv {
       cutlass::conv::kernel::ImplicitGemmConvolution<typename Default::Mma, ChannelEpilogue<typename Default::Epilogue>,
                                                      Swizzle, cutlass::conv::Operator::kFprop>;
   using Device = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
+  static constexpr int kThreads = 32 * Kernel::WarpCount::kCount;
   static_assert(sizeof(typename Kernel::SharedStorage) <= 99 * 1024);  // of sm_86 and sm_89, which have the least
+  static_assert(sizeof(typename Kernel::SharedStorage) <= conv_usage(kFamily, sizeof(Element), kTileM, kTileN)->shared);
+  static_assert(kThreads == conv_threads(kFamily));
 
   static Failure run(const ConvArguments& args, cudaStream_t stream) {
     const ConvProblem& p = args.problem;
@@ -124,21 +129,18 @@ struct Conv {
         problem, ref(args.x, p.H, p.W, p.C), ref(args.weight, p.R, p.S, p.C),
         ref(args.residual == nullptr ? args.y : args.residual, p.P(), p.Q(), p.K), ref(args.y, p.P(), p.Q(), p.K),
         {args.vectors, i(p.K), args.residual != nullptr, floor});
-    Device device;
     if (Device::can_implement(arguments) != cutlass::Status::kSuccess) return "CUTLASS can't implement this problem";
-    if (device.initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess ||
-        device.run(stream) != cutlass::Status::kSuccess) {
-      return "the launch failed";
-    }
-    return nullptr;
+    typename Kernel::Params params(arguments);
+    return launch_kernel(reinterpret_cast<const void*>(&cutlass::Kernel<Kernel>),
+                         Swizzle().get_grid_shape(params.grid_tiled_shape), kThreads,
+                         sizeof(typename Kernel::SharedStorage), &params, stream);
   }
 };
 
 template <class Element>
 Failure conv(const ConvArguments& args, cudaStream_t stream) {
   const ConvPlan& plan = args.plan;
-  if (plan.splits > 1) return "the kernels of sm_80 do not split";
-  if constexpr (128 * sizeof(Element) <= kSm80RowBytes) {
+  if constexpr (conv_usage(kFamily, sizeof(Element), 128, 128) != nullptr) {
     if (plan.tile_m == 128 && plan.tile_n == 128) return Conv<Element, 128, 128, 64, 64>::run(args, stream);
   }
   if (plan.tile_m == 128 && plan.tile_n == 64) return Conv<Element, 128, 64, 64, 32>::run(args, stream);

@@ -7,7 +7,6 @@
 #include "cutlass/conv/collective/collective_builder.hpp"
 #include "cutlass/conv/convnd_problem_shape.hpp"
 #include "cutlass/conv/convolution.h"
-#include "cutlass/conv/device/conv_universal_adapter.hpp"
 #include "cutlass/conv/dispatch_policy.hpp"
 #include "cutlass/conv/kernel/conv_universal.hpp"
 
@@ -32,10 +31,10 @@ struct Conv {
       cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
   using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
   using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, CollectiveMainloop, CollectiveEpilogue>;
-  using Device = cutlass::conv::device::ConvUniversalAdapter<Kernel>;
   using StrideC = typename Kernel::StrideC;
   static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
-  static_assert((Kernel::SharedStorageSize + 1024) * conv_resident(kTileM, kTileN) <= 228 * 1024);
+  static_assert(Kernel::SharedStorageSize <= conv_usage(kFamily, sizeof(Element), kTileM, kTileN)->shared);
+  static_assert(Kernel::MaxThreadsPerBlock == conv_threads(kFamily));
 
   static typename Kernel::Arguments arguments(const ConvArguments& args) {
     const ConvProblem& p = args.problem;
@@ -55,7 +54,7 @@ struct Conv {
 template <class Element, int kTileM, int kTileN, int kStages>
 Failure run(const ConvArguments& args, cudaStream_t stream) {
   using Tile = Conv<Element, kTileM, kTileN, kStages>;
-  return launch<typename Tile::Device>(Tile::arguments(args), nullptr, stream);
+  return launch<typename Tile::Kernel>(Tile::arguments(args), nullptr, stream);
 }
 
 template <class Element>

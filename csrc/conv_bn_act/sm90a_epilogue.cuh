@@ -9,6 +9,7 @@
 // clang-format on
 
 #include "cute/tensor.hpp"
+#include "cutlass/device_kernel.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp"
@@ -16,6 +17,8 @@
 #include "vectors.cuh"
 
 namespace resnet_fused::sm90a {
+
+inline constexpr ConvFamily kFamily = ConvFamily::kSm90a;
 
 namespace fusion = cutlass::epilogue::fusion;
 using cute::_1;
@@ -109,15 +112,15 @@ struct Epilogue {
   }
 };
 
-template <class Device>
-Failure launch(typename Device::Arguments const& arguments, void* workspace, cudaStream_t stream) {
-  Device device;
-  if (Device::can_implement(arguments) != cutlass::Status::kSuccess) return "CUTLASS can't implement this problem";
-  if (device.initialize(arguments, workspace, stream) != cutlass::Status::kSuccess ||
-      device.run(stream) != cutlass::Status::kSuccess) {
-    return "the launch failed";
+template <class Kernel>
+Failure launch(typename Kernel::Arguments const& arguments, void* workspace, cudaStream_t stream) {
+  if (!Kernel::can_implement(arguments)) return "CUTLASS can't implement this problem";
+  if (Kernel::initialize_workspace(arguments, workspace, stream) != cutlass::Status::kSuccess) {
+    return "CUTLASS can't prepare the workspace";
   }
-  return nullptr;
+  typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, workspace);
+  return launch_kernel(reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>), Kernel::get_grid_shape(params),
+                       Kernel::get_block_shape(), Kernel::SharedStorageSize, &params, stream);
 }
 
 }  // namespace resnet_fused::sm90a

@@ -5,7 +5,6 @@
 #include "sm90a_epilogue.cuh"
 // The epilogue's headers have to stand first.
 #include "cutlass/gemm/collective/collective_builder.hpp"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 
 namespace resnet_fused::sm90a {
@@ -29,7 +28,6 @@ struct SplitGemm {
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue,
                                                       cutlass::gemm::StreamKScheduler>;
-  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static typename Kernel::Arguments arguments(const ConvArguments& args) {
     const ConvProblem& p = args.problem;
@@ -53,12 +51,12 @@ struct SplitGemm {
 
 template <class Element>
 size_t split_workspace(const ConvArguments& args) {
-  return SplitGemm<Element>::Device::get_workspace_size(SplitGemm<Element>::arguments(args));
+  return SplitGemm<Element>::Kernel::get_workspace_size(SplitGemm<Element>::arguments(args));
 }
 
 template <class Element>
 Failure split_gemm(const ConvArguments& args, void* workspace, cudaStream_t stream) {
-  return launch<typename SplitGemm<Element>::Device>(SplitGemm<Element>::arguments(args), workspace, stream);
+  return launch<typename SplitGemm<Element>::Kernel>(SplitGemm<Element>::arguments(args), workspace, stream);
 }
 
 }  // namespace resnet_fused::sm90a

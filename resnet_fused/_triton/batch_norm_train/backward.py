@@ -136,8 +136,8 @@ def merge_kernel(
 @triton.jit
 def load_means(sum_dz, sum_hat, rstd, count, c, in_range):
     """mean(dz) and rstd * mean(dz * xhat) in float32 [1, BLOCK_C]: what training subtracts."""
-    mean_dz = tl.load(sum_dz + c, in_range, other=0.0) / count
-    mean_hat = tl.load(sum_hat + c, in_range, other=0.0) / count
+    mean_dz = tl.div_rn(tl.load(sum_dz + c, in_range, other=0.0), count)
+    mean_hat = tl.div_rn(tl.load(sum_hat + c, in_range, other=0.0), count)
     return mean_dz[None, :], mean_hat[None, :] * rstd
 
 

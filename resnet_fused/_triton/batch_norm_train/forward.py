@@ -47,14 +47,15 @@ def statistics_kernel(
             tl.store(total + base + offset, z, mask)
             z = z.to(tl.float32)
         d = tl.where(mask, z - pivot[None, :] - mean, 0.0)
-        part = 1.0 / (tile + 1)
+        part = 1.0 / (tile + 1)  # within 2 ulp: a division to nearest would cost every tile its time
         mean += d * part
         m2 += d * d * (1.0 - part)
         base += BLOCK_M * C
 
     n = tl.cdiv(rows - row, BLOCK_M).to(tl.float32)[:, None]  # elements in each place
-    merged = tl.sum(mean * n, 0) / rows
-    merged += tl.sum((mean - merged[None, :]) * n, 0) / rows  # what the long sum's roundings lost
+    count = rows.to(tl.float32)
+    merged = tl.div_rn(tl.sum(mean * n, 0), count)
+    merged += tl.div_rn(tl.sum((mean - merged[None, :]) * n, 0), count)  # what the long sum's roundings lost
     mean -= merged[None, :]
     m2 += mean * mean * n
     at = split * C + c
@@ -84,8 +85,9 @@ def merge_kernel(
     n = tl.minimum(M - split.to(tl.int64) * rows, rows)
     n = tl.where(split < splits, n, 0).to(tl.float32)[:, None]
     means = tl.load(partial_mean + at, mask, other=0.0)
-    merged = tl.sum(means * n, 0) / M
-    merged += tl.sum((means - merged[None, :]) * n, 0) / M
+    count = M.to(tl.float32)
+    merged = tl.div_rn(tl.sum(means * n, 0), count)
+    merged += tl.div_rn(tl.sum((means - merged[None, :]) * n, 0), count)
     means -= merged[None, :]
     m2s = tl.load(partial_m2 + at, mask, other=0.0) + means * means * n
     pivot = tl.load(z + c, c < C, other=0.0).to(tl.float32)

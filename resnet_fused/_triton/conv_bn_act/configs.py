@@ -41,7 +41,7 @@ def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors
     block_k = _power_of_2(16, depth, 32 if p.flat else 128 // p.itemsize)  # a line of 128 bytes
     steps = 2 if p.flat else ceil(depth, block_k) * p.taps  # 2-byte loads of the flat kernel are not pipelined
     stage = (block_m + block_n) * block_k * p.itemsize
-    stages = stages if p.tensor_cores else 3  # multiply-adds hide the loads; with more, sm_80 spills
+    stages = stages if p.itemsize == 2 else 3  # with more, sm_80 spills in multiply-adds and sm_100 in TF32
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -33,10 +33,19 @@ def _pixels(first_row, P, Q, STRIDE_H, STRIDE_W, PAD_H, PAD_W, BLOCK_M: tl.const
 
 
 @triton.jit
+def _to_tf32(v):
+    """Rounded as cuDNN's kernels do; of what is not, the multiplication drops the last 13 bits."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:  # its bfloat16 products are wrong
+    if _INTERPRETED:  # its bfloat16 products are wrong, its float32 products exact
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    elif PRECISION == "tf32" and a.dtype == tl.float32:
+        a = _to_tf32(a)
+        b = _to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -1,0 +1,53 @@
+"""What the CUDA operators say of a bad argument, called directly; nothing else keeps one from the kernels there."""
+
+import pytest
+import torch
+
+from resnet_fused import _cuda
+
+pytestmark = pytest.mark.gpu
+
+PLAN = {"tile_m": 64, "tile_n": 64, "splits": 1}
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    reason = _cuda.unavailable("cuda", 0)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cuda").contiguous(memory_format=torch.channels_last)
+
+
+def conv(kernel=1, stride=(1, 1), padding=(0, 0), dilation=(1, 1), residual=None, **plan):
+    x, weight = image(1, 128, 8, 8), image(128, 128, kernel, kernel)
+    none = [None] * 5
+    return torch.ops.resnet_fused_cuda.conv_bn_act(
+        x, weight, *none, 1e-5, stride, padding, dilation, residual, False, **PLAN | plan
+    )
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"stride": (0, 1)}, "stride of 1 or 2"),
+        ({"stride": (1, -1)}, "stride of 1 or 2"),
+        ({"dilation": (0, 1)}, "dilation of 1 to 64"),
+        ({"padding": (0, -1)}, "padding of 0 to 127"),
+        ({"tile_m": 64, "tile_n": 128}, "tile 64x128, splits 1: there is no such tile"),
+        ({"splits": 2}, "tile 64x64, splits 2: .*split"),
+        ({"kernel": 3, "padding": (1, 1), "tile_m": 128, "tile_n": 128, "splits": 2}, "can't be split"),
+    ],
+)
+def test_a_convolution_that_no_kernel_runs_is_refused(options, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        conv(**options)
+
+
+def test_a_residual_is_compared_with_the_output():
+    with pytest.raises(RuntimeError, match=r"residual must have the shape of the output, \[1, 128, 4, 4\], got"):
+        conv(kernel=3, stride=(2, 2), padding=(1, 1), residual=image(1, 128, 8, 8))
+    with pytest.raises(RuntimeError, match="residual must have the dtype of the output"):
+        conv(residual=image(1, 128, 8, 8, dtype=torch.float32))
