@@ -46,11 +46,12 @@ std::string last_message();
 void clear_errors();
 void trace(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// ---- memory.cpp: every allocation ends at (or begins behind) a page that faults, holds NaN, and is known to the byte ----
+// ---- memory.cpp: every allocation ends at (or begins behind) a page that faults, holds NaN, and is known to the byte
+// ----
 void* allocate(size_t bytes);
-void release(void* pointer);     // once all work that was submitted before has run
-void release_deferred();         // called where no work is pending
-int device_of(const void* p);    // -1: no device memory
+void release(void* pointer);   // once all work that was submitted before has run
+void release_deferred();       // called where no work is pending
+int device_of(const void* p);  // -1: no device memory
 bool set_read_only(void* pointer, bool read_only);
 size_t allocations();
 
@@ -112,7 +113,7 @@ cudaError_t allow_dynamic_shared(Kernel& kernel, int bytes);
 int active_blocks(size_t dynamic_shared);
 cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, void** arguments);
 void plant(const std::string& from, const std::string& to);  // a defect, in the PTX of every module loaded from now on
-long planted();                                               // places changed
+long planted();                                              // places changed
 long launches();
 const std::unordered_map<std::string, long>& launches_by_name();
 

@@ -75,10 +75,17 @@ API CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CU
   const int device = device_of(reinterpret_cast<void*>(pointer));
   if (device < 0) return result(fail(cudaErrorInvalidValue, "%#llx is no device memory", pointer));
   switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *static_cast<CUdeviceptr*>(data) = pointer; return CUDA_SUCCESS;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int*>(data) = device; return CUDA_SUCCESS;
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *static_cast<CUcontext*>(data) = context_of(device); return CUDA_SUCCESS;
-    default: return CUDA_ERROR_NOT_SUPPORTED;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+      *static_cast<CUdeviceptr*>(data) = pointer;
+      return CUDA_SUCCESS;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      *static_cast<int*>(data) = device;
+      return CUDA_SUCCESS;
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      *static_cast<CUcontext*>(data) = context_of(device);
+      return CUDA_SUCCESS;
+    default:
+      return CUDA_ERROR_NOT_SUPPORTED;
   }
 }
 
@@ -139,8 +146,8 @@ API CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, 
                                     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                     CUtensorMapFloatOOBfill fill) {
   if (device_of(address) < 0) return refuse("the address is no device memory");
-  return ptx_encode_tiled(map, type, rank, address, dims, strides, box, element_strides, interleave, swizzle,
-                          promotion, fill)
+  return ptx_encode_tiled(map, type, rank, address, dims, strides, box, element_strides, interleave, swizzle, promotion,
+                          fill)
              ? refuse(ptx_encode_error())
              : CUDA_SUCCESS;
 }

@@ -12,7 +12,8 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kAlignment = 16;
-constexpr size_t kFilled = size_t(256) << 20;  // a larger allocation stays zero, and takes memory only where it is touched
+constexpr size_t kFilled =
+    size_t(256) << 20;  // a larger allocation stays zero, and takes memory only where it is touched
 
 struct Block {
   char* mapping;
@@ -49,8 +50,7 @@ void* allocate(size_t bytes) {
   Lock lock(mutex());
   const size_t body = (std::max<size_t>(bytes, 1) + kPage - 1) / kPage * kPage;
   const size_t mapped = body + 2 * kPage;
-  void* mapping =
-      mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) return nullptr;
   char* first = static_cast<char*>(mapping);
   mprotect(first, kPage, PROT_NONE);

@@ -97,8 +97,7 @@ cudaError_t check(const Kernel& kernel, const ptx_kernel_info& info, dim3 grid, 
     return fail(cudaErrorInvalidValue, "%s: a block of %u threads, .maxntid is %u", kernel.name.c_str(), threads,
                 info.max_threads);
   const size_t without_asking = 48 * 1024 - std::min<size_t>(info.static_smem, 48 * 1024);
-  const size_t allowed =
-      kernel.max_dynamic_shared > 48 * 1024 ? size_t(kernel.max_dynamic_shared) : without_asking;
+  const size_t allowed = kernel.max_dynamic_shared > 48 * 1024 ? size_t(kernel.max_dynamic_shared) : without_asking;
   if (shared > allowed || shared + info.static_smem > size_t(shared_memory_optin()))
     return fail(cudaErrorInvalidValue, "%s: %zu B of dynamic and %u B of static shared memory, %zu B allowed",
                 kernel.name.c_str(), shared, info.static_smem, allowed);

@@ -93,8 +93,7 @@ API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void
       return fail(cudaErrorInvalidClusterSize, "clusters of %u x %u x %u are not emulated", cluster.x, cluster.y,
                   cluster.z);
   }
-  return cudaLaunchKernel(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
-                          config->stream);
+  return cudaLaunchKernel(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);
 }
 API cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
   Kernel* kernel = kernel_of(host);
