@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: install lint format test bench aot gpu
+.PHONY: install lint format test bench aot gpu virtual-gpu
 
 install:  ## editable, with everything a contributor needs
 	$(PYTHON) -m pip install -e ".[test,bench,train,demo]" ruff clang-format
@@ -27,3 +27,7 @@ aot:  ## compile every kernel's configurations for GPUs that need not be there
 
 gpu:  ## build, test and measure on a GPU: SUITE=all, models, autotune, training, sanitizer or cifar; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+virtual-gpu:  ## the tests marked gpu, in full, on virtual GPUs of capability 8.0 and 9.0; needs an extension with readable PTX
+	$(PYTHON) -m pytest --virtual-gpu=80
+	$(PYTHON) -m pytest --virtual-gpu=90

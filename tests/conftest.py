@@ -35,7 +35,9 @@ MARKS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("virtual GPU")
-    group.addoption("--virtual-gpu", metavar="CAPABILITY", help="run the tests marked gpu on one: 80, 86, 89, 90, 100, 120")
+    group.addoption(
+        "--virtual-gpu", metavar="CAPABILITY", help="run the tests marked gpu there: 80, 86, 89, 90, 100, 120"
+    )
     group.addoption("--share", type=int, default=1, metavar="N", help="of every test's parameters only each N-th")
 
 

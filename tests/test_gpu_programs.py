@@ -2,6 +2,8 @@
 
 import copy
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused
+from resnet_fused import cli
 from resnet_fused.cli import main
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*is disabled on this device")]
@@ -21,8 +24,15 @@ DEVICE = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def _ieee():
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+def _precision():
+    set_precision("ieee")
+
+
+def set_precision(value: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = value
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = (
+        value  # alike: export reads both
+    )
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -70,8 +80,11 @@ def test_a_train_step_of_resnet18_runs_fused_and_right(dtype):
     assert not any("eager" in name for row in resnet_fused.explain(model, x) for name in row.ran)
 
 
-def test_predict_and_bench(tmp_path, capsys):
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # what users run, and what is quick to emulate
+def test_predict_and_bench(tmp_path, capsys, monkeypatch):
+    set_precision("tf32")  # what users run, and what is quick to emulate
+    preset = cli._preset("resnet18", "DEFAULT")
+    small = SimpleNamespace(transforms=partial(preset.transforms, crop_size=SIZE), meta=preset.meta)
+    monkeypatch.setattr(cli, "_preset", lambda *_: small)
     photo, weights = tmp_path / "photo.jpg", tmp_path / "resnet18.pth"
     Image.effect_noise((300, 200), 50).convert("RGB").save(photo)
     torch.manual_seed(0)

@@ -37,6 +37,8 @@ def install(capability: int) -> None:
     _library.vgpu_message.restype = _library.vgpu_launches_by_name.restype = ctypes.c_char_p
     _library.vgpu_launches.restype = _library.vgpu_planted.restype = ctypes.c_long
     _library.vgpu_allocations.restype = ctypes.c_size_t
+    if planted := os.environ.get("VIRTUAL_GPU_PLANT"):  # "original=>defect"
+        plant(*planted.split("=>"))
     from . import torch_operators
 
     torch_operators.install(_library)

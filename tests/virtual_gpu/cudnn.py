@@ -1,6 +1,7 @@
 """cuDNN's operators as ATen documents them, by PyTorch's reference: what an adapter may ask is checked here.
 
 Conditions: aten/src/ATen/native/cudnn/ConvShared.cpp, `cudnn_convolution_relu` and `cudnn_convolution_add_relu`.
+Convolutions round float32 to TF32 where that is allowed, as cuDNN does, whether it is enabled or not.
 """
 
 import torch
@@ -20,14 +21,30 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *images: Tensor) -> N
         raise RuntimeError(f"cuDNN: the bias must be contiguous [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
+def _operand(t: Tensor) -> Tensor:
+    """float32 to the nearest TF32, ties away from zero, where `torch.backends.cudnn.conv.fp32_precision` allows it."""
+    if t.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return t
+    rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isfinite(), rounded, t)
+
+
+def _convolution(x, weight, *args) -> Tensor:
+    return torch.ops.aten.convolution(_operand(x), _operand(weight), *args)
+
+
+def _convolution_backward(dy, x, weight, *args) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(_operand(dy), _operand(x), _operand(weight), *args)
+
+
 def _convolution_relu(x, weight, bias, stride, padding, dilation, groups) -> Tensor:
     _check(x, weight, bias)
-    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    return F.relu(F.conv2d(_operand(x), _operand(weight), bias, stride, padding, dilation, groups))
 
 
 def _convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups) -> Tensor:
     _check(x, weight, bias, z)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    y = F.conv2d(_operand(x), _operand(weight), bias, stride, padding, dilation, groups)
     if z.shape != y.shape:
         raise RuntimeError(f"cuDNN: z must have the result's shape {tuple(y.shape)}, got {tuple(z.shape)}")
     return F.relu(y + (1.0 if alpha is None else alpha) * z)
@@ -47,6 +64,8 @@ def _batch_norm_backward(x, dy, weight, running_mean, running_var, mean, rstd, e
 
 
 OPERATORS = {
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
     "cudnn_convolution_relu": _convolution_relu,
     "cudnn_convolution_add_relu": _convolution_add_relu,
     "cudnn_batch_norm": _batch_norm,

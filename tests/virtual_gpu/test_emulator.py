@@ -198,7 +198,9 @@ def test_numbers(compiled):
     launch(compiled("sm_80"), "numbers", [x, y, len(x)], block=64)
     bits = x.view(np.uint32).astype(np.uint64)
     with np.errstate(all="ignore"):
-        integers = [np.clip(f(x.astype(np.float64)), -(2.0**31), 2.0**31 - 1).astype(np.int32) for f in (np.rint, np.trunc)]
+        integers = [
+            np.clip(f(x.astype(np.float64)), -(2.0**31), 2.0**31 - 1).astype(np.int32) for f in (np.rint, np.trunc)
+        ]
         floats = [(x.astype(np.float64) ** 2 + 1).astype(np.float32), np.maximum(x, 0), np.sqrt(np.abs(x)), 1 / x]
         np.testing.assert_array_equal(y[:, 0], x.astype(np.float16).view(np.uint16))
     np.testing.assert_array_equal(y[:, 1], (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)

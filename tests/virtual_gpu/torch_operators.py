@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import cudnn
 
-# composites that reach a library or a CUDA kernel of their own
-_COMPOSITES = ("copy_", "convolution", "convolution_backward")
+# composites that reach a CUDA kernel of their own
+_COMPOSITES = ("copy_",)
 # allocation and bookkeeping, which need no kernel
 _NATIVE = ("empty.memory_format", "empty_strided", "resize_", "set_", "record_stream", "_pin_memory", "is_pinned")
 

@@ -1,0 +1,143 @@
+"""Defects planted along the path of a CUDA tensor: the tests have to turn red on the virtual GPU.
+
+Each one changes a text of the package's source, or of the compiled PTX, and runs the tests that should notice.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import VIRTUAL
+
+import resnet_fused
+from resnet_fused import _cuda
+
+pytestmark = pytest.mark.virtual_gpu
+TESTS = Path(__file__).parent
+PACKAGE = Path(resnet_fused.__file__).parent
+
+
+class Defect(NamedTuple):
+    name: str
+    file: str  # of the package, or "PTX"
+    original: str
+    defect: str
+    tests: str  # for pytest's -k
+    capability: str | None = None  # the only one where it is met
+
+
+DEFECTS = [
+    Defect(
+        "a name that torch does not have",
+        "_store.py",
+        "driver = _driver_version()",
+        "driver = torch._C._cuda_getDriverVersion()",
+        "within_budget and auto-bn-relu-torch.float16-channels_last",
+    ),
+    Defect(
+        "no device guard",
+        "_triton/batch_norm_act.py",
+        "with torch.cuda.device_of(x):",
+        "if True:",
+        "second_device and bn-two-bn-join",
+    ),
+    Defect(
+        "a workspace in x's dtype",
+        "_triton/batch_norm_train/backward.py",
+        "partial = list(torch.empty((2 + two, splits, C), dtype=torch.float32,",
+        "partial = list(torch.empty((2 + two, splits, C), dtype=dy.dtype,",
+        "training_within_budget and triton-bn-join",
+    ),
+    Defect(
+        "a mask narrower than its rows",
+        "_triton/batch_norm_train/backward.py",
+        "width = tl.cdiv(C, 8)",
+        "width = C // 8",
+        "training_within_budget and triton-bn-10-channels",
+    ),
+    Defect(
+        "one row too many",
+        "_triton/batch_norm_act.py",
+        "mask = (row < M - first_row)[:, None]",
+        "mask = (row <= M - first_row)[:, None]",
+        "within_budget and triton-bn-none and channels_last",
+    ),
+    Defect(
+        "an output that is not written to its last channel",
+        "_triton/batch_norm_act.py",
+        "in_range = c < C",
+        "in_range = c < C - 1",
+        "within_budget and triton-bn-none and channels_last",
+    ),
+    Defect(
+        "a pixel's row offset without the dilation",
+        "_triton/conv_bn_act/kernels.py",
+        "step_h = tl.cast(stride_h, tl.int64) * DILATION_H",
+        "step_h = tl.cast(stride_h, tl.int64)",
+        "within_budget and triton-conv-3x3-d2 and channels_last",
+    ),
+    Defect(
+        "a residual in any layout for cuDNN",
+        "_cudnn.py",
+        "residual = residual.contiguous(memory_format=torch.channels_last)",
+        "pass",
+        "within_budget and cudnn-conv-3x3-join and contiguous",
+    ),
+    Defect(
+        "a check inside a capture",
+        "_trust.py",
+        "return _on_gpu(device) and torch.cuda.is_current_stream_capturing()",
+        "return False",
+        "unchecked_kernel_is_eager_inside_a_capture",
+    ),
+    Defect("no barrier", "PTX", "bar.sync", "// bar.sync", "training_within_budget and cuda-bn-two-bn-join"),
+    Defect(
+        "too few stages waited for",
+        "PTX",
+        "cp.async.wait_group 2",
+        "cp.async.wait_group 3",
+        "every_tile and float16 and shape1",
+        "80",
+    ),
+    Defect(
+        "no fence before the bulk store",
+        "PTX",
+        "fence.proxy.async.shared::cta;",
+        " ",
+        "every_tile and float16 and shape1",
+        "90",
+    ),
+    Defect(
+        "wgmma not waited for",
+        "PTX",
+        "wgmma.wait_group.sync.aligned 0",
+        "wgmma.wait_group.sync.aligned 1",
+        "every_tile and float16 and shape1",
+        "90",
+    ),
+]
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.name)
+def test_it_is_caught(defect, tmp_path):
+    if defect.capability not in (None, VIRTUAL):
+        pytest.skip(f"it is met at capability {defect.capability} alone")
+    if ("cuda" in defect.tests or "every_tile" in defect.tests) and (reason := _cuda._REASON):
+        pytest.skip(reason)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "VIRTUAL_GPU_PLANT": ""}
+    copy = Path(shutil.copytree(PACKAGE, tmp_path / "resnet_fused", ignore=shutil.ignore_patterns("__pycache__")))
+    if defect.file == "PTX":
+        environment["VIRTUAL_GPU_PLANT"] = f"{defect.original}=>{defect.defect}"
+    else:
+        path = copy / defect.file
+        assert path.read_text().count(defect.original) == 1, f"{defect.file} has no such text any more"
+        path.write_text(path.read_text().replace(defect.original, defect.defect))
+    command = [sys.executable, "-m", "pytest", f"--virtual-gpu={VIRTUAL}", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["-x", "-q", str(TESTS / "test_gpu.py"), "-k", defect.tests]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1, f"{defect.name} was not caught:\n{run.stdout[-2000:]}{run.stderr[-500:]}"
+    assert " failed" in run.stdout.splitlines()[-1] or " error" in run.stdout.splitlines()[-1]
