@@ -37,12 +37,16 @@ def compiled(tmp_path_factory) -> Callable[[str], emulator.Module]:
     return module
 
 
-def launch(module, kernel, args: Sequence[np.ndarray | int], *, block, grid=(1, 1, 1), device=-1, writable=True, **kw):
+def pointer(a: np.ndarray) -> bytes:
+    return struct.pack("<Q", a.ctypes.data)
+
+
+def launch(module, kernel, args: Sequence[np.ndarray | int], *, block, grid=(1, 1, 1), **kw):
     """Arrays are passed as pointers to allocations that live as long as the launch, numbers as int."""
     arrays = [a for a in args if isinstance(a, np.ndarray)]
     for a in arrays:
-        emulator.allow(a.ctypes.data, a.nbytes, writable, device)
-    params = [struct.pack("<Q", a.ctypes.data) if isinstance(a, np.ndarray) else struct.pack("<i", a) for a in args]
+        emulator.allow(a.ctypes.data, a.nbytes)
+    params = [pointer(a) if isinstance(a, np.ndarray) else struct.pack("<i", a) for a in args]
     try:
         module.launch(kernel, grid, block if isinstance(block, tuple) else (block, 1, 1), params, **kw)
     finally:
@@ -144,18 +148,13 @@ def test_an_error_names_the_place(compiled):
 ])  # fmt: skip
 def test_memory_that_may_not_be_written(compiled, allowed, device, writable, message):
     y, module = np.zeros(64, np.float32), compiled("sm_80")
-    with pytest.raises(emulator.EmulatorError, match=message):
-        module_args = dict(block=64, device=allowed, writable=writable)
-        emulator.allow(y.ctypes.data, y.nbytes, writable, allowed)
-        try:
-            module.launch("fill", (1, 1, 1), (module_args["block"], 1, 1), pointers(y) + [bytes(4)], device=device)
-        finally:
-            emulator.forbid(y.ctypes.data)
+    emulator.allow(y.ctypes.data, y.nbytes, writable, allowed)
+    try:
+        with pytest.raises(emulator.EmulatorError, match=message):
+            module.launch("fill", (1, 1, 1), (64, 1, 1), [pointer(y), bytes(4)], device=device)
+    finally:
+        emulator.forbid(y.ctypes.data)
     assert (y == 0).all()
-
-
-def pointers(*arrays: np.ndarray) -> list[bytes]:
-    return [struct.pack("<Q", a.ctypes.data) for a in arrays]
 
 
 @pytest.mark.parametrize("target, limit, smem, fits", [
