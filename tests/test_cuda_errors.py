@@ -18,7 +18,7 @@ def _built():
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device="cuda").contiguous(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device="cuda", memory_format=torch.channels_last)
 
 
 def conv(kernel=1, stride=(1, 1), padding=(0, 0), dilation=(1, 1), residual=None, **plan):

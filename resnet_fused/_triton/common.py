@@ -23,7 +23,7 @@ def round_to(v, dtype: tl.constexpr):
 def normalize(z, weight, bias, mean, var, c, in_range, eps):
     """(z - mean) * weight / sqrt(var + eps) + bias in float32; z [BLOCK_M, BLOCK_C], the vectors [C] or None."""
     if mean is not None:
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, in_range, other=1.0).to(tl.float32) + eps))
+        scale = 1.0 / tl.sqrt_rn(tl.load(var + c, in_range, other=1.0).to(tl.float32) + eps)
         if weight is not None:
             scale *= tl.load(weight + c, in_range, other=0.0).to(tl.float32)
         z = (z - tl.load(mean + c, in_range, other=0.0).to(tl.float32)[None, :]) * scale[None, :]

@@ -28,7 +28,7 @@ def fold_kernel(
         shift = tl.load(bias + k).to(tl.float32)
     scale = 1.0
     if mean is not None:
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + k).to(tl.float32) + eps))
+        scale = 1.0 / tl.sqrt_rn(tl.load(var + k).to(tl.float32) + eps)
         if bn_weight is not None:
             scale *= tl.load(bn_weight + k).to(tl.float32)
         shift = (shift - tl.load(mean + k).to(tl.float32)) * scale

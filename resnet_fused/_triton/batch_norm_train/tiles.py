@@ -47,7 +47,7 @@ def place(C, BLOCK_C: tl.constexpr):
 def load_bn(weight, bias, mean, var, c, in_range, eps):
     """mean, 1 / sqrt(var + eps), scale and bias in float32 [1, BLOCK_C]; `normalize` is (z - mean) * scale + bias."""
     mean = tl.load(mean + c, in_range, other=0.0).to(tl.float32)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, in_range, other=1.0).to(tl.float32) + eps))
+    rstd = 1.0 / tl.sqrt_rn(tl.load(var + c, in_range, other=1.0).to(tl.float32) + eps)
     scale = rstd
     if weight is not None:
         scale *= tl.load(weight + c, in_range, other=0.0).to(tl.float32)
