@@ -30,9 +30,7 @@ def _precision():
 
 def set_precision(value: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = value
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = (
-        value  # alike: export reads both
-    )
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = value
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -135,6 +133,7 @@ def test_a_compiled_model_follows_the_plain_one(training):
 
 
 def test_an_exported_model_gives_the_same_numbers():
+    set_precision("tf32")  # torch.export reads a legacy flag, and refuses where the two disagree
     torch.manual_seed(0)
     model = spread(resnet_fused.ResNet(resnet_fused.BasicBlock, [1, 1, 1, 1], num_classes=5)).to(DEVICE).eval()
     x = torch.randn(2, 3, 33, 33, device=DEVICE)

@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -76,7 +77,8 @@ struct Stream {
 };
 struct Event {
   Stream* stream = nullptr;
-  uint64_t position = 0, time = 0;
+  uint64_t position = 0;
+  std::chrono::steady_clock::time_point time;
   std::shared_ptr<Graph> capture;
 };
 Stream& stream_of(cudaStream_t handle);  // null: the default stream of the current device

@@ -1,5 +1,6 @@
 // The CUDA runtime's functions that PyTorch and the extension call. Those that are not here fail in the real libcudart.
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 
@@ -282,10 +283,9 @@ API cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 API cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   Lock lock(mutex());
-  static uint64_t now = 0;
   auto* event = reinterpret_cast<Event*>(handle);
   Stream& stream = stream_of(stream_handle);
-  *event = {&stream, stream.submitted, now += 1 + uint64_t(launches()), stream.capture};
+  *event = {&stream, stream.submitted, std::chrono::steady_clock::now(), stream.capture};
   return cudaSuccess;
 }
 API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
@@ -296,10 +296,10 @@ API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   return event->stream ? drain_until(*event->stream, event->position) : cudaSuccess;
 }
 API cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
-// No time passes on a virtual GPU: a positive number that says nothing.
+// The host's time, so that loops that wait for enough of it end: it says nothing about a GPU.
 API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
   const auto *first = reinterpret_cast<Event*>(from), *last = reinterpret_cast<Event*>(to);
-  *milliseconds = 1e-3f * float(std::max<int64_t>(1, int64_t(last->time - first->time)));
+  *milliseconds = std::chrono::duration<float, std::milli>(last->time - first->time).count();
   return cudaSuccess;
 }
 API cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
