@@ -203,7 +203,7 @@ def test_numbers(compiled):
         floats = [(x.astype(np.float64) ** 2 + 1).astype(np.float32), np.maximum(x, 0), np.sqrt(np.abs(x)), 1 / x]
         np.testing.assert_array_equal(y[:, 0], x.astype(np.float16).view(np.uint16))
     np.testing.assert_array_equal(y[:, 1], (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-    np.testing.assert_array_equal(y[:, 3:5].view(np.int32), integers)
+    np.testing.assert_array_equal(y[:, 3:5].view(np.int32), np.stack(integers, 1))
     np.testing.assert_array_equal(y[:, [2, 5, 6, 7]].view(np.float32), np.stack(floats, 1).astype(np.float32))
 
 
