@@ -60,6 +60,24 @@ __device__ void pipeline_body(const float* x, float* y, int tiles) {
 KERNEL pipeline(const float* x, float* y, int tiles) { pipeline_body<1, true>(x, y, tiles); }
 KERNEL pipeline_late_wait(const float* x, float* y, int tiles) { pipeline_body<2, true>(x, y, tiles); }
 
+// A warp reads what another overwrites: all has been written before, and nothing but the order is wrong.
+KERNEL reads_while_overwritten(float* y) {
+  __shared__ volatile float values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    values[threadIdx.x] = threadIdx.x + 1;
+  } else {
+    y[threadIdx.x] = values[threadIdx.x - 32];
+  }
+}
+KERNEL overwritten_twice(float* y) {
+  __shared__ volatile float values[32];
+  values[threadIdx.x % 32] = threadIdx.x;
+  __syncthreads();
+  y[threadIdx.x] = values[threadIdx.x % 32];
+}
+
 KERNEL uninitialised(float* y) {
   __shared__ volatile float values[64];
   if (threadIdx.x < 32) values[threadIdx.x] = 1;

@@ -110,6 +110,8 @@ FLOATS = np.zeros(4096, np.float32)  # more than any of these kernels writes
 BUGS = {  # kernel: its arguments, its block, and what the error says, one or the other by the schedule
     "transpose_unsynchronised": ([FLOATS[:1024], FLOATS[1024:2048], 32], (32, 8, 1), "race|never written"),
     "pipeline_late_wait": ([FLOATS, FLOATS[:128].copy(), 7], 128, "in flight|never written"),
+    "reads_while_overwritten": ([FLOATS], 64, "race: .* was (written|read) by warp"),
+    "overwritten_twice": ([FLOATS], 64, "race: .* and is written by warp"),
     "uninitialised": ([FLOATS], 64, "is read, and was never written"),
     "fill": ([FLOATS[:64], 1], 64, "global write of 4 bytes at .* is outside the allocations .*at its byte 256"),
     "misaligned": ([FLOATS], 1, "write of 16 bytes at .* is not aligned"),

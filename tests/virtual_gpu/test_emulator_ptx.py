@@ -36,7 +36,8 @@ ELEMENTWISE = """
   ret;
 }
 """
-NAN, INFINITY = 0x7FFFFFFF, 0x7F800000
+NAN, NAN_16, INFINITY = 0x7FFFFFFF, 0x7FFF, 0x7F800000
+BFLOATS = [NAN_16, 0x3F80, 0x3F82]  # of NaN and two ties
 QUIET = 0x7FC00000  # a NaN as numpy makes it
 
 
@@ -79,8 +80,8 @@ ONE, TWO, TINY, MINUS_ZERO = bits(1.0), bits(2.0), 0x00000001, 0x80000000
     ("setp.neu.f32 %p, %a, %b; selp.b32 %d, 1, 0, %p;", [QUIET, ONE], [QUIET, ONE], [1, 0]),
     ("cvt.rzi.s32.f32 %d, %a;", [QUIET, INFINITY, bits(-1e20)], [0] * 3, [0, 0x7FFFFFFF, 0x80000000]),
     ("cvt.rni.u32.f32 %d, %a;", [bits(-1.0), bits(2.5), bits(5e9)], [0] * 3, [0, 2, 0xFFFFFFFF]),
-    ("cvt.rn.f16.f32 %h1, %a; cvt.u32.u16 %d, %h1;", [QUIET, bits(65520.0), TINY], [0] * 3, [0x7FFF, 0x7C00, 0]),
-    ("cvt.rn.bf16.f32 %h1, %a; cvt.u32.u16 %d, %h1;", [QUIET, 0x3F808000, 0x3F818000], [0] * 3, [0x7FFF, 0x3F80, 0x3F82]),
+    ("cvt.rn.f16.f32 %h1, %a; cvt.u32.u16 %d, %h1;", [QUIET, bits(65520.0), TINY], [0] * 3, [NAN_16, 0x7C00, 0]),
+    ("cvt.rn.bf16.f32 %h1, %a; cvt.u32.u16 %d, %h1;", [QUIET, 0x3F808000, 0x3F818000], [0] * 3, BFLOATS),
     ("cvt.rn.relu.bf16x2.f32 %d, %a, %b;", [QUIET, bits(-1.0)], [bits(-2.0), ONE], [0x7FFF0000, 0x00003F80]),
     ("cvt.rna.tf32.f32 %d, %a;", [0x3F801000, 0x3F800FFF, INFINITY, QUIET], [0] * 4, [0x3F802000, ONE, INFINITY, NAN]),
     ("div.s32 %d, %a, %b;", [0x80000000, 7], [0xFFFFFFFF, 0xFFFFFFFE], [0x80000000, 0xFFFFFFFD]),
