@@ -13,6 +13,7 @@ from resnet_fused.testing import CASES, DTYPES, LAYOUTS, Case, assert_within_bud
 
 triton_conv = pytest.importorskip("resnet_fused._triton.conv_bn_act", reason="needs Triton", exc_type=ImportError)
 
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [case for case in CASES if case.op == "conv_bn_act" and not case.large]
 H100 = {"capability": (9, 0), "multiprocessors": 132}
