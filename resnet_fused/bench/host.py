@@ -1,17 +1,17 @@
 """What a forward pass and a train step cost the host, beside torchvision's eager model in the same run.
 
 Networks have their real depth and 8 channels everywhere, images are small: what is computed is next to nothing, so
-what is left is the time of Python, PyTorch's dispatcher and the launches. On a GPU the launches are real and the clock is
-the wall's, without waiting for the device. Without one, PyTorch's operators run on the CPU on these tiny tensors, for both
-models alike, and Triton's kernels are compiled but never launched: its driver is a stand-in whose launches do nothing, as
-PyTorch's own launches cost nothing on the CPU. There the clock is the thread's CPU time. Rounds are interleaved, the
-least of each is taken: only ratios of one run say anything.
+what is left is the time of Python, PyTorch's dispatcher and the launches. On a GPU the launches are real and the clock
+is the wall's, without waiting for the device. Without one, PyTorch's operators run on the CPU on these tiny tensors,
+for both models alike, and Triton's kernels are compiled but never launched: its driver is a stand-in whose launches do
+nothing, as PyTorch's own launches cost nothing on the CPU. There the clock is the thread's CPU time. Rounds are
+interleaved, the least of each is taken: only ratios of one run say anything.
 """
 
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models, ops
+from ..dispatch.stub import stubbed
 from ..layers import PadShortcut
 
 CHANNELS = 8
@@ -161,57 +162,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run(args.models, args.rounds)
     return 0
-
-
-@contextlib.contextmanager
-def stubbed() -> Iterator[None]:
-    """Triton serves CPU tensors as if on an H100: kernels are compiled, launches do nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime.driver import driver
-
-    from .. import _registry, _trust
-    from .._triton import conv_bn_act
-
-    class Utils:
-        def get_device_properties(self, device: int) -> dict[str, int]:
-            return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
-
-        def load_binary(self, *args: Any) -> tuple[Any, ...]:
-            return None, 0, 255, 0, 1024
-
-        def unload_module(self, module: Any) -> None:
-            pass
-
-    class Launcher:
-        def __init__(self, src: Any, metadata: Any) -> None:
-            pass
-
-        def __call__(self, *args: Any) -> None:
-            pass
-
-    class Driver:
-        utils, launcher_cls = Utils(), Launcher
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_device_capability(self, device: int) -> tuple[int, int]:
-            return 9, 0
-
-        def is_active(self) -> bool:
-            return True
-
-    CUDABackend.make_cubin = lambda self, src, *args: src.encode()
-    driver.set_active(Driver())
-    _registry._UNAVAILABLE["triton"] = lambda *device: None
-    _registry._AUTO_DEVICES = ("cpu",)
-    _trust.refused = lambda *args: None
-    conv_bn_act._device = lambda index: ((9, 0), 132)
-    yield

@@ -1,30 +1,31 @@
-"""Which backend serves a call, and why: the only policy in the package."""
+"""Which backends there are, in what order, what the user forced; which one serves a call, and why not a faster one."""
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
-from . import _cuda, _cudnn, _onednn, _triton
-
-BACKENDS = ("cuda", "triton", "cudnn", "onednn", "eager")
+BACKENDS = ("cuda", "triton", "cudnn", "onednn", "eager")  # a folder of `backends` each
 _NAMES = ", ".join(("auto", *BACKENDS))
+_ROCM = torch.version.hip is not None
 _AUTO_DEVICES = ("cuda",)  # eager everywhere else
 _ORDER = {  # shape class -> backends, best first; not measured on any GPU yet: cuDNN's kernels for all but 1x1
     "batch_norm": ("cuda", "triton"),
     "conv 1x1": ("triton", "cudnn", "cuda"),
     "conv": ("cudnn", "triton", "cuda"),
 }
-_UNAVAILABLE = {
-    "cuda": _cuda.unavailable,
-    "triton": _triton.unavailable,
-    "cudnn": _cudnn.unavailable,
-    "onednn": _onednn.unavailable,
-}
+PLAIN = "eager"  # PyTorch's own operators: chosen before the dispatcher where no other could serve
+SPLITS_IN_AUTO = ("triton",)  # where one kernel can't, PyTorch's convolution and one fused pass are still the best
+_MODULES = {name: importlib.import_module(f"..backends.{name}", __package__) for name in BACKENDS}
+_UNAVAILABLE = {name: module.unavailable for name, module in _MODULES.items()}
+_implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, operator) -> its four functions
 
-listener: Callable[[str, "Choice", tuple], None] | None = None  # set by explain and tune while they run a model
+listener: Callable[[str, "Choice", Any], None] | None = None  # set by explain and tune while they run a model
 _forced = os.environ.get("RESNET_FUSED_BACKEND", "auto")  # a plain global: a ContextVar would break compiled graphs
 
 
@@ -69,8 +70,48 @@ def backend(name: str) -> Iterator[None]:
 def fuses(device: torch.device) -> bool:
     """Whether any backend but eager is to be tried on this device."""
     if _forced == "auto":
-        return device.type in _AUTO_DEVICES and torch.version.hip is None
+        return device.type in _AUTO_DEVICES and not _ROCM
     return _forced != "eager"
+
+
+def add_operator(op: str) -> None:
+    """Find the backends that serve an operator: those whose folder has a module of its name."""
+    for name, module in _MODULES.items():
+        if module.IMPORT_ERROR is None and importlib.util.find_spec(f"{module.__name__}.{op}") is not None:
+            _implementations[name, op] = importlib.import_module(f"{module.__name__}.{op}")
+
+
+def serves(name: str, op: str) -> bool:
+    """Whether a backend has the operator at all."""
+    return (name, op) in _implementations
+
+
+def apart_from_auto(device: torch.device) -> list[str]:
+    """The backends that are there and worth measuring beside `auto`, which is eager on the CPU."""
+    same = ("eager", "triton") if device.type == "cpu" else ()
+    return [name for name in BACKENDS if name not in same and unavailable(name, device) is None]
+
+
+def extension() -> dict[str, Any]:
+    """How the compiled extension was built, or the reason why it isn't there."""
+    return _MODULES["cuda"].build_info()
+
+
+def implementation(name: str, op: str) -> ModuleType:
+    """The four functions with which a backend serves an operator: unsupported, configs, plan and kernel_class."""
+    return _implementations[name, op]
+
+
+def unsupported(name: str, call: Any) -> str | None:
+    """Why a backend that is there can't serve a call, or None; from metadata alone."""
+    serves = _implementations.get((name, call.op))
+    return _MODULES[name].lacks(call.op) if serves is None else serves.unsupported(call)
+
+
+def splits(name: str, call: Any) -> str | None:
+    """Why a backend needs several kernels for what is one in its others, or None."""
+    split = getattr(implementation(name, call.op), "split", None)
+    return split and split(call)
 
 
 def unknown(name: str) -> str | None:
@@ -81,8 +122,6 @@ def unknown(name: str) -> str | None:
 
 
 def _unavailable(name: str, device_type: str, index: int | None) -> str | None:
-    if name == "eager":
-        return None
     if name not in _UNAVAILABLE:
         return unknown(name)
     return _UNAVAILABLE[name](device_type, index)
@@ -131,7 +170,7 @@ def candidates(device: torch.device, order: str, first: str | None = None) -> tu
     return _ORDER[order] if first not in _ORDER[order] else (first, *_ORDER[order])
 
 
-def record(op: str, choice: Choice, args: tuple = ()) -> None:
-    """Tell a listening `explain` or `tune` what serves a call, and the registered operator's arguments."""
+def record(op: str, choice: Choice, call: Any = ()) -> None:
+    """Tell a listening `explain` or `tune` what serves a call."""
     if listener is not None:
-        listener(op, choice, args)
+        listener(op, choice, call)

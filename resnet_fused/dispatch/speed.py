@@ -1,13 +1,15 @@
 """The winners that `tune` found on this device, by layer shape."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ._store import Store
+from . import plans
+from .store import Store
 
+Timer = Callable[[Callable[[], Any]], float]  # a launch -> milliseconds
 _stores: dict[torch.device, Store] = {}
-generation = 0  # moves with every change, for who keeps what he looked up
 
 
 def lookup(device: torch.device, key: str) -> dict[str, Any] | None:
@@ -17,15 +19,13 @@ def lookup(device: torch.device, key: str) -> dict[str, Any] | None:
 
 
 def remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
-    global generation
-    generation += 1
+    plans.forget()
     _store(device)[key] = entry
 
 
 def forget() -> None:
     """Drop what is in memory; the file is read anew."""
-    global generation
-    generation += 1
+    plans.forget()
     _stores.clear()
 
 
@@ -34,3 +34,10 @@ def _store(device: torch.device) -> Store:
     if store is None:
         store = _stores[device] = Store("tuned", device)
     return store
+
+
+def cuda_timer(launch: Callable[[], Any]) -> float:
+    """Milliseconds by CUDA events."""
+    from triton.testing import do_bench
+
+    return do_bench(launch, warmup=5, rep=20, return_mode="median")

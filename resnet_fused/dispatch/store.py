@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from ._version import __version__
+from .._version import __version__
 
 
 def cache_dir() -> Path:
@@ -72,9 +72,9 @@ def installed_version(package: str) -> str | None:
 @functools.cache
 def _kernels_digest() -> str:
     """Of the kernels, the compiled module and the checks: an edited one is another version."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    sources = (p for part in ("_triton", "ops") for p in (package / part).rglob("*.py"))
+    sources = (p for part in ("backends", "dispatch", "ops") for p in (package / part).rglob("*.py"))
     for path in sorted([*sources, *package.glob("_C*.so")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

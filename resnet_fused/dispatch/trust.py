@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from ._store import Store
+from . import plans
+from .store import Store
 
 _stores: dict[torch.device, Store] = {}  # verdicts: "" where the kernels passed, else what was wrong
 _warned: set[str] = set()
@@ -37,8 +38,7 @@ def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -
 
 def forget() -> None:
     """Drop the verdicts in memory; those on disk are read anew."""
-    global generation
-    generation += 1
+    plans.forget()
     _stores.clear()
     _warned.clear()
 

@@ -1,33 +1,10 @@
-"""Convolutions that PyTorch already carries for the CPU: oneDNN's on packed weights, as Inductor calls them.
-
-BN is folded into a packed copy of the weight. The copy is kept beside the very bits it was made from, and every call
-compares these: no edit is missed, whichever way it was made (a `.data` edit moves no version counter).
-"""
-
-import ctypes
-import os
-from typing import NamedTuple
+"""oneDNN's convolutions on packed weights, as PyTorch carries them for the CPU."""
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-SHAPES = 4  # packed copies kept per layer: oneDNN's layout depends on the input's shape
+from .. import CONVOLUTIONS_ONLY
 
-_memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class _Folded(NamedTuple):
-    """What one layer was folded from, by value, and the results."""
-
-    settings: tuple[object, ...]  # eps, padding, stride, dilation, groups
-    sources: tuple[Tensor | None, ...]  # copies of weight, bias and BN vectors
-    shift: Tensor | None  # [K]
-    packed: dict[torch.Size, Tensor]  # shape of x -> weight
-
-
-_cache = WeakIdKeyDictionary()  # running_var, which autocast does not cast, or the weight without BN -> _Folded
+IMPORT_ERROR = None
 
 
 def unavailable(device_type: str, index: int | None = None) -> str | None:
@@ -39,78 +16,5 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
     return None
 
 
-def unsupported(dtype: torch.dtype) -> str | None:
-    """Why oneDNN can't convolve in this dtype on this CPU, with the remedy, or None where it can."""
-    checks = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if dtype in checks and not checks[dtype]():
-        return f"this CPU lacks the instructions for oneDNN's {dtype} convolutions; use float32"
-    return None
-
-
-unsupported._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its seconds of imports
-
-
-def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    """x [N, C, H, W] in channels_last -> y [N, K, P, Q] in channels_last; arguments as in the operator's schema."""
-    conv_args = padding, stride, dilation, groups
-    sources = weight, bias, bn_weight, bn_bias, mean, var
-    packed, shift = _folded(weight if var is None else var, x, sources, eps, conv_args)
-    y = torch.ops.mkldnn._convolution_pointwise(x, packed, shift, *conv_args, "none", [], "")
-    if residual is not None:
-        y.add_(residual)
-    return y.relu_() if relu else y  # oneDNN's own ReLU makes 0 of NaN
-
-
-def _folded(key: Tensor, x: Tensor, sources: tuple, eps: float, conv_args: tuple) -> tuple[Tensor, Tensor | None]:
-    """Packed weight with BN's scale in it, and the shift [K] that is left."""
-    settings = eps, *conv_args
-    kept = _cache.get(key)
-    if kept is None or kept.settings != settings or not all(map(_same_bits, sources, kept.sources)):
-        copies = tuple(None if t is None else t.detach().clone() for t in sources)
-        kept = _Folded(settings, copies, None, {})
-    packed = kept.packed.get(x.shape)
-    if packed is None:
-        weight, shift = _fold(*kept.sources, eps)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *conv_args, x.shape)
-        recent = list(kept.packed.items())[1 - SHAPES :]
-        kept = _cache[key] = kept._replace(shift=shift, packed=dict([*recent, (x.shape, packed)]))
-    return packed, kept.shift
-
-
-def _same_bits(t: Tensor | None, kept: Tensor | None) -> bool:
-    """Whether t has kept's bits; kept is dense, so equal strides make t dense."""
-    if t is None or kept is None:
-        return t is kept
-    if (t.dtype, t.shape, t.stride()) != (kept.dtype, kept.shape, kept.stride()):
-        return False
-    return _memcmp(t.data_ptr(), kept.data_ptr(), t.numel() * t.element_size()) == 0
-
-
-def _fold(weight, bias, bn_weight, bn_bias, mean, var, eps) -> tuple[Tensor, Tensor | None]:
-    """s * weight and beta + s * (bias - mean), in the weight's dtype."""
-    if mean is None:
-        return weight, bias
-    scale = (var.double() + eps).rsqrt()
-    scale = scale if bn_weight is None else scale * bn_weight
-    shift = -scale * mean if bias is None else scale * (bias - mean.double())
-    shift = shift if bn_bias is None else shift + bn_bias
-    folded = weight.float() * scale.float()[:, None, None, None]
-    return folded.to(weight.dtype), shift.to(weight.dtype)
+def lacks(op: str) -> str:
+    return CONVOLUTIONS_ONLY.format(name="onednn")

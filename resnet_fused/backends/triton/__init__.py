@@ -1,4 +1,4 @@
-"""Triton kernels: one file per operator, kernels first, then launchers. Nothing here imports from above."""
+"""Triton's kernels. An operator's module has the four functions; beside it lie its kernels and what launches them."""
 
 import torch
 
@@ -33,3 +33,7 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
     if major < 8:
         return f"the kernels need compute capability 8.0 or later, this device has {major}.{minor}"
     return None
+
+
+def lacks(op: str) -> str:
+    return f"triton has no kernels for {op}"

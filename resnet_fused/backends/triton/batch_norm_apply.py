@@ -1,11 +1,14 @@
 """BN with given statistics + residual + ReLU in one pass over memory."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import normalize, round_to
+from .launch import Launch
 
 
 @triton.jit
@@ -58,7 +61,7 @@ def apply_config(C: int) -> dict[str, int]:
     return {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
 
 
-def apply(
+def plan_apply(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -72,35 +75,24 @@ def apply(
     residual_var: Tensor | None,
     pre_add: Tensor | None,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """y and x + pre_add (of no elements without one); x, residual and pre_add dense channels_last [N, C, H, W]."""
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`apply` for all arguments of this metadata."""
     N, C, H, W = x.shape
     M = N * H * W
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    total = x.new_empty(0) if pre_add is None else torch.empty_like(y)
-    if y.numel() == 0:
-        return y, total
     config = apply_config(C)
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, config["BLOCK_C"]))
-    with torch.cuda.device_of(x):
-        apply_kernel[grid](
-            x,
-            weight,
-            bias,
-            mean,
-            var,
-            residual,
-            residual_weight,
-            residual_bias,
-            residual_mean,
-            residual_var,
-            pre_add,
-            y,
-            None if pre_add is None else total,
-            M,
-            C,
-            eps,
-            RELU=relu,
-            **config,
-        )
-    return y, total
+    launch = Launch(apply_kernel, grid, {"M": M, "C": C, "eps": eps, "RELU": relu, **config})
+
+    def run(x, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, pre_add, relu):
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        total = None if pre_add is None else torch.empty_like(y)
+        if M:
+            launch(x, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, pre_add, y, total)
+        return y, x.new_empty(0) if total is None else total
+
+    return run
+
+
+def apply(*args) -> tuple[Tensor, Tensor]:
+    """y and x + pre_add (of no elements without one); x, residual and pre_add dense channels_last [N, C, H, W]."""
+    return plan_apply(*args)(*args)

@@ -1,11 +1,14 @@
 """BN folded into a convolution's weight and bias, in one launch: what cuDNN's fused convolutions take."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import round_to
+from .launch import Launch
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def fold_kernel(
         tl.store(folded_bias + k + one, round_to(tl.zeros([1], tl.float32) + shift, folded_bias.dtype.element_ty))
 
 
-def fold(
+def plan_fold(
     weight: Tensor,
     bias: Tensor | None,
     bn_weight: Tensor | None,
@@ -50,13 +53,21 @@ def fold(
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`fold` for all arguments of this metadata."""
+    K, L = weight.shape[0], weight[0].numel()
+    launch = Launch(fold_kernel, (K, triton.cdiv(L, 1024)), {"L": L, "eps": eps, "BLOCK": 1024, "num_warps": 4})
+
+    def run(weight, bias, bn_weight, bn_bias, mean, var, eps):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        folded = torch.empty_like(weight, memory_format=torch.channels_last)
+        shift = weight.new_empty(K)
+        launch(weight, bias, bn_weight, bn_bias, mean, var, folded, shift)
+        return folded, shift
+
+    return run
+
+
+def fold(*args) -> tuple[Tensor, Tensor]:
     """s * weight [K, C, R, S] in channels_last and s * (bias - mean) + bn_bias [K], in the weight's dtype."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    folded = torch.empty_like(weight, memory_format=torch.channels_last)
-    shift = weight.new_empty(weight.shape[0])
-    L = weight[0].numel()
-    with torch.cuda.device_of(weight):
-        grid = (weight.shape[0], triton.cdiv(L, 1024))
-        fold_kernel[grid](weight, bias, bn_weight, bn_bias, mean, var, folded, shift, L, eps, BLOCK=1024, num_warps=4)
-    return folded, shift
+    return plan_fold(*args)(*args)

@@ -1,11 +1,14 @@
 """Backward of BN + residual add + ReLU: one pass for the sums, one for the images' gradients."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common import round_to
+from ..launch import Launch
 from .tiles import load_bn, merge_tiling, place, tiling, unpack_bits
 
 
@@ -158,11 +161,11 @@ def dx_kernel(
     sum_dz,  # [C] or None
     sum_xhat,  # [C], or None where the statistics were given
     sum_rhat,  # [C], or None where the shortcut's statistics were given
-    count,  # elements a channel
     count_tensor,  # [1], or None: it replaces count
     dtotal,  # [M, C] or None
     dx,  # [M, C] or None
     dresidual,  # [M, C] or None
+    count,  # elements a channel
     M,
     C,
     tiles,
@@ -207,7 +210,7 @@ def dx_kernel(
         first_row += BLOCK_M
 
 
-def backward_sums(
+def plan_backward_sums(
     dy: Tensor,
     z: Tensor,
     weight: Tensor | None,
@@ -222,31 +225,41 @@ def backward_sums(
     residual_var: Tensor | None,
     relu_mask: Tensor | None,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`backward_sums` for all arguments of this metadata."""
+    N, C, H, W = dy.shape
+    M = N * H * W
+    two = residual_mean is not None
+    reads_residual = two or relu_mask is None
+    grid, splits, config = tiling(M, C, programs=4 if two else 7) if M else ((0,), 0, {})
+    gather = Launch(sums_kernel, grid, {"M": M, "C": C, "eps": eps, "RELU": relu, **config})
+    grid, config = merge_tiling(splits, C)
+    merge = Launch(merge_kernel, grid, {"C": C, "splits": splits, **config})
+
+    def run(dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu):
+        sums = [torch.empty(C if i < 2 or two else 0, dtype=torch.float32, device=dy.device) for i in range(3)]
+        if M == 0:
+            return tuple(s.zero_() for s in sums)
+        partial = list(torch.empty((2 + two, splits, C), dtype=torch.float32, device=dy.device)) + [None] * (not two)
+        residual = residual if reads_residual else None
+        gather(dy, z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, relu_mask, *partial)
+        merge(*partial, *sums)
+        return tuple(sums)
+
+    return run
+
+
+def backward_sums(*args) -> tuple[Tensor, Tensor, Tensor]:
     """Sums [C] over N, H and W of dz, dz * xhat and dz * rhat (of no elements where the residual has no BN), float32.
 
     dz is dy where the ReLU's gradient passes: by `relu_mask` of `apply_with_mask`, or by the pre-activation computed
     anew from z and the residual. With `relu_mask` a residual without BN may be None; images are dense channels_last
     [N, C, H, W].
     """
-    N, C, H, W = dy.shape
-    M = N * H * W
-    two = residual_mean is not None
-    sums = [torch.empty(C if i < 2 or two else 0, dtype=torch.float32, device=dy.device) for i in range(3)]
-    if M == 0:
-        return tuple(s.zero_() for s in sums)
-    grid, splits, config = tiling(M, C, programs=4 if two else 7)
-    partial = list(torch.empty((2 + two, splits, C), dtype=torch.float32, device=dy.device)) + [None] * (not two)
-    residual = residual if two or relu_mask is None else None
-    bn = (weight, bias, mean, var, residual, residual_weight, residual_bias, residual_mean, residual_var)
-    with torch.cuda.device_of(dy):
-        sums_kernel[grid](dy, z, *bn, relu_mask, *partial, M, C, eps=eps, RELU=relu, **config)
-        grid, config = merge_tiling(splits, C)
-        merge_kernel[grid](*partial, *sums, C, splits, **config)
-    return tuple(sums)
+    return plan_backward_sums(*args)(*args)
 
 
-def backward_dx(
+def plan_backward_dx(
     dy: Tensor,
     z: Tensor,
     weight: Tensor | None,
@@ -268,42 +281,37 @@ def backward_dx(
     dtotal: Tensor | None = None,
     need_dx: bool = True,
     need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`backward_dx` for all arguments of this metadata."""
+    N, C, H, W = dy.shape
+    M = N * H * W
+    reads_residual = residual_mean is not None or relu_mask is None
+    grid, _, config = tiling(M, C, programs=8, max_tiles=16) if M else ((0,), 0, {})
+    launch = Launch(dx_kernel, grid, {"count": float(M), "M": M, "C": C, "eps": eps, "RELU": relu, **config})
+
+    def run(
+        dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu,
+        sum_dz, sum_xhat, sum_rhat, count, dtotal=None, need_dx=True, need_dresidual=False,
+    ):  # fmt: skip
+        dx, dresidual = (
+            torch.empty_like(dy, memory_format=torch.channels_last) if need else dy.new_empty(0)
+            for need in (need_dx, need_dresidual)
+        )
+        if M and (need_dx or need_dresidual):
+            residual = residual if reads_residual else None
+            outputs = (dx if need_dx else None, dresidual if need_dresidual else None)
+            bn = (weight, bias, mean, var, residual, weight2, bias2, mean2, var2)
+            launch(dy, z, *bn, relu_mask, sum_dz, sum_xhat, sum_rhat, count, dtotal, *outputs)
+        return dx, dresidual
+
+    return run
+
+
+def backward_dx(*args) -> tuple[Tensor, Tensor]:
     """dx = s * (dz - sum_dz / count - xhat * sum_dz_xhat / count) (+ dtotal), and the residual's gradient.
 
     s * dz where `sum_dz_xhat` is None: the statistics were given; `sum_dz_rhat` says the same of the shortcut's BN. The
     residual's gradient is dz, or has dx's form where the shortcut has a BN. One that is not needed has no elements.
     `count`, one float32 element, is the number of elements a channel behind the statistics; None: that of dy.
     """
-    N, C, H, W = dy.shape
-    M = N * H * W
-    dx, dresidual = (
-        torch.empty_like(dy, memory_format=torch.channels_last) if need else dy.new_empty(0)
-        for need in (need_dx, need_dresidual)
-    )
-    if dy.numel() == 0 or not (need_dx or need_dresidual):
-        return dx, dresidual
-    grid, _, config = tiling(M, C, programs=8, max_tiles=16)
-    residual = residual if residual_mean is not None or relu_mask is None else None
-    bn = (weight, bias, mean, var, residual, residual_weight, residual_bias, residual_mean, residual_var)
-    outputs = (dx if need_dx else None, dresidual if need_dresidual else None)
-    with torch.cuda.device_of(dy):
-        dx_kernel[grid](
-            dy,
-            z,
-            *bn,
-            relu_mask,
-            sum_dz,
-            sum_dz_xhat,
-            sum_dz_rhat,
-            float(M),
-            count,
-            dtotal,
-            *outputs,
-            M,
-            C,
-            eps=eps,
-            RELU=relu,
-            **config,
-        )
-    return dx, dresidual
+    return plan_backward_dx(*args)(*args)

@@ -1,11 +1,14 @@
 """Batch statistics in one read, and the plain residual join that also writes its ReLU's mask."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common import normalize, round_to
+from ..launch import Launch
 from .tiles import merge_tiling, pack_bits, place, tiling
 
 
@@ -131,27 +134,36 @@ def apply_with_mask_kernel(
     tl.store(relu_mask + first_row * width + at, packed, in_rows & (byte < width)[None, :])
 
 
+def plan_statistics(x: Tensor, pre_add: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`statistics` for all arguments of this metadata."""
+    N, C, H, W = x.shape
+    M = N * H * W
+    grid, splits, config = tiling(M, C, programs=8)
+    gather = Launch(statistics_kernel, grid, {"M": M, "C": C, **config})
+    rows = config["tiles"] * config["BLOCK_M"]
+    grid, config = merge_tiling(splits, C)
+    merge = Launch(merge_kernel, grid, {"M": M, "C": C, "splits": splits, "rows": rows, **config})
+
+    def run(x, pre_add=None):
+        total = None if pre_add is None else torch.empty_like(x, memory_format=torch.channels_last)
+        partial = torch.empty((2, splits, C), dtype=torch.float32, device=x.device).unbind()
+        mean, m2 = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
+        gather(x, pre_add, total, *partial)
+        merge(x if total is None else total, *partial, mean, m2)
+        return mean, m2, x.new_empty(0) if total is None else total
+
+    return run
+
+
 def statistics(x: Tensor, pre_add: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], M2 [C] = sum (z - mean)^2 and z of z = x (+ pre_add, rounded to x's dtype).
 
     x and pre_add dense channels_last [N, C, H, W], not empty; z has no elements where pre_add is None: then it is x.
     """
-    N, C, H, W = x.shape
-    M = N * H * W
-    total = x.new_empty(0) if pre_add is None else torch.empty_like(x, memory_format=torch.channels_last)
-    grid, splits, config = tiling(M, C, programs=8)
-    partial = torch.empty((2, splits, C), dtype=torch.float32, device=x.device).unbind()
-    mean, m2 = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
-    with torch.cuda.device_of(x):
-        statistics_kernel[grid](x, pre_add, None if pre_add is None else total, *partial, M, C, **config)
-        z = x if pre_add is None else total
-        rows = config["tiles"] * config["BLOCK_M"]
-        grid, config = merge_tiling(splits, C)
-        merge_kernel[grid](z, *partial, mean, m2, M, C, splits, rows, **config)
-    return mean, m2, total
+    return plan_statistics(x, pre_add)(x, pre_add)
 
 
-def apply_with_mask(
+def plan_apply_with_mask(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -159,20 +171,29 @@ def apply_with_mask(
     var: Tensor,
     eps: float,
     residual: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`apply_with_mask` for all arguments of this metadata."""
+    N, C, H, W = x.shape
+    M = N * H * W
+    block_c = min(256, max(8, triton.next_power_of_2(C)))  # 256 channels are a 32-byte sector of the mask
+    config = {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, block_c))
+    launch = Launch(apply_with_mask_kernel, grid, {"M": M, "C": C, "eps": eps, **config})
+    width = triton.cdiv(C, 8)
+
+    def run(x, weight, bias, mean, var, eps, residual):
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        relu_mask = torch.empty((M, width), dtype=torch.uint8, device=x.device)
+        if M:
+            launch(x, weight, bias, mean, var, residual, y, relu_mask)
+        return y, relu_mask
+
+    return run
+
+
+def apply_with_mask(*args) -> tuple[Tensor, Tensor]:
     """y = relu(BN(x) + residual), and where its gradient passes: [N * H * W, ceil(C / 8)] uint8.
 
     Channel 8 * i + j is bit j of byte i. x and residual dense channels_last [N, C, H, W].
     """
-    N, C, H, W = x.shape
-    M = N * H * W
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    relu_mask = torch.empty((M, triton.cdiv(C, 8)), dtype=torch.uint8, device=x.device)
-    if y.numel() == 0:
-        return y, relu_mask
-    block_c = min(256, max(8, triton.next_power_of_2(C)))  # 256 channels are a 32-byte sector of the mask
-    config = {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, block_c))
-    with torch.cuda.device_of(x):
-        apply_with_mask_kernel[grid](x, weight, bias, mean, var, residual, y, relu_mask, M, C, eps, **config)
-    return y, relu_mask
+    return plan_apply_with_mask(*args)(*args)

@@ -1,16 +1,27 @@
 """conv + BN with running statistics + residual + ReLU in one kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launch import Described, Launch
 from .configs import MIN_GROUP_CHANNELS, Config, Problem, candidates, config
 from .kernels import conv_kernel, pointwise_kernel, stem_kernel
 
-__all__ = ["Config", "Problem", "candidates", "config", "conv_bn_act", "problem", "problem_on", "supported"]
+__all__ = [
+    "Config",
+    "Problem",
+    "candidates",
+    "config",
+    "conv_bn_act",
+    "plan_conv_bn_act",
+    "problem",
+    "problem_on",
+    "supported",
+]
 
 _FLAT_CHANNELS = 4  # up to here R, S and C are one dimension, and x is read in whatever layout it has
 
@@ -114,7 +125,7 @@ def _out_size(x_shape, weight_shape, stride, padding, dilation) -> tuple[int, in
     )
 
 
-def conv_bn_act(
+def plan_conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -131,42 +142,64 @@ def conv_bn_act(
     relu: bool,
     allow_tf32: bool = False,
     config: Config | None = None,
-) -> Tensor:
-    """y [N, K, P, Q] in channels_last; x, weight and residual of any layout, x with up to 4 channels read as it is."""
-    channels_last = torch.channels_last
+) -> Callable[..., Tensor]:
+    """`conv_bn_act` for all arguments of this metadata, strides and alignment to 16 bytes included."""
     p = problem_on(x, weight, stride, padding, dilation, groups, allow_tf32)
     config = _default_config(p) if config is None else config
-    N, _, H, W = x.shape
+    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
     P, Q = _out_size(x.shape, weight.shape, stride, padding, dilation)
-    y = torch.empty((N, weight.shape[0], P, Q), dtype=x.dtype, device=x.device, memory_format=channels_last)
-    if y.numel() == 0:
-        return y
-    x = x if p.flat else x.contiguous(memory_format=channels_last)
+    channels_last = torch.channels_last
+    images = [t for t in (None if p.flat else x, weight, residual) if t is not None]
+    copies = not all(t.is_contiguous(memory_format=channels_last) for t in images)
+    x = x if p.flat else x.contiguous(memory_format=channels_last)  # one of many: only its layout counts
     weight = weight.contiguous(memory_format=channels_last)
-    residual = None if residual is None else residual.contiguous(memory_format=channels_last)
 
-    vectors = (bias, bn_weight, bn_bias, mean, var, residual, y, eps)
-    stride_n, stride_c, stride_h, stride_w = x.stride()
-    R, S = weight.shape[2:]
-    options = {k: v for k, v in config.items() if k != "descriptors"}
-    options |= {"RELU": relu, "PRECISION": "tf32" if allow_tf32 else "ieee"}
-    geometry = (R, S, *stride, *padding, *dilation)
-    grid = (p.programs(config["BLOCK_M"], config["BLOCK_N"]),)
-    with torch.cuda.device_of(x):
-        if p.flat:
-            strides = (stride_n, stride_h, stride_w, stride_c)
-            last = (p.C - 1) * stride_c + (R - 1) * dilation[0] * stride_h + (S - 1) * dilation[1] * stride_w
-            sizes = (p.M, H, W, P, Q, p.K, *strides, p.C)
-            stem_kernel[grid](x, weight, *vectors, *sizes, *geometry, last >= 2**31, **options)
-        elif config["descriptors"] and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0:
-            x = TensorDescriptor(x, [p.M, p.C], [p.C, 1], [config["BLOCK_M"], config["BLOCK_K"]])
-            weight = TensorDescriptor(weight, [p.K, p.C], [p.C, 1], [config["BLOCK_N"], config["BLOCK_K"]])
-            pointwise_kernel[grid](x, weight, *vectors, p.M, p.C, p.K, **options)
-        else:
-            sizes = (p.M, H, W, p.C, P, Q, p.K, stride_n, stride_h, stride_w)
-            whole_c = p.C % config["BLOCK_K"] == 0
-            conv_kernel[grid](x, weight, *vectors, *sizes, *geometry, groups, whole_c, **options)
-    return y
+    rest = {"eps": eps, "M": p.M, "H": H, "W": W, "C": p.C, "P": P, "Q": Q, "K": p.K}
+    rest |= dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), x.stride(), strict=True))
+    rest |= {"R": R, "S": S, "GROUPS": groups, "WHOLE_C": p.C % config["BLOCK_K"] == 0, "RELU": relu}
+    for name, pair in (("STRIDE", stride), ("PAD", padding), ("DILATION", dilation)):
+        rest |= {f"{name}_H": pair[0], f"{name}_W": pair[1]}
+    rest["PRECISION"] = "tf32" if allow_tf32 else "ieee"
+    _, stride_c, stride_h, stride_w = x.stride()
+    last = (p.C - 1) * stride_c + (R - 1) * dilation[0] * stride_h + (S - 1) * dilation[1] * stride_w
+    rest["FAR_TAPS"] = last >= 2**31
+
+    describe = None
+    if p.flat:
+        kernel: Any = stem_kernel
+    elif config["descriptors"] and x.numel() and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0:
+        kernel, rows, columns = pointwise_kernel, config["BLOCK_M"], config["BLOCK_N"]
+        describe = (
+            Described(x, (p.M, p.C), (rows, config["BLOCK_K"])),
+            Described(weight, (p.K, p.C), (columns, config["BLOCK_K"])),
+        )
+    else:
+        kernel = conv_kernel
+    rest = {name: value for name, value in rest.items() if name in kernel.arg_names}
+    rest |= {name: value for name, value in config.items() if name != "descriptors"}
+    launch = Launch(kernel, (p.programs(config["BLOCK_M"], config["BLOCK_N"]),), rest)
+    shape, strides, empty = (N, K, P, Q), (K * P * Q, 1, Q * K, K), N * K * P * Q == 0
+    flat = p.flat
+
+    def run(x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, residual, relu):
+        y = x.new_empty_strided(shape, strides)
+        if empty:
+            return y
+        if copies:
+            x = x if flat else x.contiguous(memory_format=channels_last)
+            weight = weight.contiguous(memory_format=channels_last)
+            residual = None if residual is None else residual.contiguous(memory_format=channels_last)
+        if describe is not None:
+            x, weight = describe[0](x), describe[1](weight)
+        launch(x, weight, bias, bn_weight, bn_bias, mean, var, residual, y)
+        return y
+
+    return run
 
 
-_default_config = config  # conv_bn_act has a parameter of that name
+def conv_bn_act(*args, allow_tf32: bool = False, config: Config | None = None) -> Tensor:
+    """y [N, K, P, Q] in channels_last; x, weight and residual of any layout, x with up to 4 channels read as it is."""
+    return plan_conv_bn_act(*args, allow_tf32=allow_tf32, config=config)(*args[:14])
+
+
+_default_config = config  # plan_conv_bn_act has a parameter of that name

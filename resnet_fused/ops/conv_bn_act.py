@@ -20,16 +20,20 @@ Equivalent to:
 """
 
 import operator
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _registry
-from .. import _checks
-from .._library import register
-from . import backends
+from .. import dispatch
+from ..dispatch import numerics, plans, registry
+from . import _checks
+from ._calls import BN, metadata
+from ._library import register
+from ._short import PLAIN, unwatched
 
 Pair = int | tuple[int, int]
 
@@ -66,6 +70,81 @@ def reference(
     return F.relu(y) if act == "relu" else y
 
 
+class Call(NamedTuple):
+    """One call of the registered operator: the schema's fields in its order."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    residual: Tensor | None
+    relu: bool
+
+    op = name = "conv_bn_act"
+
+    @property
+    def bn(self) -> BN:
+        return BN(self.bn_weight, self.bn_bias, self.running_mean, self.running_var)
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        """Those of `reference`."""
+        names = ("bias", "eps", "stride", "padding", "dilation", "groups", "residual")
+        kwargs = {name: getattr(self, name) for name in names}
+        return (self.x, self.weight, *self.bn), kwargs | {"act": "relu" if self.relu else "none"}
+
+    def reference(self) -> Tensor:
+        args, kwargs = self.arguments()
+        return reference(*args, **kwargs)
+
+    def magnitudes(self) -> Tensor:
+        """The same formula on absolute values."""
+        args, kwargs = numerics.absolute(*self.arguments())
+        return reference(*args, **kwargs)
+
+    def drawn(self) -> "Call":
+        """A random call like this one, of at most two images."""
+        draw = numerics.Draw(self.x.device)
+
+        def like(name: str, t: Tensor) -> Tensor:
+            scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
+            return draw.like(t, positive=name == "running_var", images=name != "weight", scale=scale)
+
+        return Call(*(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True)))
+
+    def allow_tf32(self) -> bool:
+        return self.x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+    def misaligned(self) -> str | None:
+        """Which image does not start at a multiple of 16 bytes, or None."""
+        for name, t in (("x", self.x), ("weight", self.weight), ("residual", self.residual)):
+            if t is not None and t.data_ptr() % 16:
+                return name
+        return None
+
+    def key(self) -> Hashable:
+        """All that a plan depends on."""
+        precision = self.allow_tf32(), torch.backends.cudnn.enabled
+        return metadata(self), self.misaligned(), precision
+
+    def order(self) -> str:
+        """What the registry orders backends by."""
+        return "conv 1x1" if self.weight.shape[2] == self.weight.shape[3] == 1 else "conv"
+
+    def problem(self) -> str:
+        """One layer's problem, for `tune`: everything that the fastest choice depends on."""
+        numbers = (*self.x.shape, *self.weight.shape, *self.stride, *self.padding, *self.dilation, self.groups)
+        flags = f"{'+add' if self.residual is not None else ''}{'+relu' if self.relu else ''}"
+        return f"{str(self.x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}"
+
+
 def out_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
     """[N, K, P, Q] of the convolution."""
     p, q = (
@@ -75,16 +154,14 @@ def out_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int
     return x.shape[0], weight.shape[0], p, q
 
 
-def fake(x: Tensor, weight: Tensor, *args) -> Tensor:
-    shape = out_shape(x, weight, *args[6:9])
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+def fake(*args) -> Tensor:
+    call = Call(*args)
+    shape = out_shape(call.x, call.weight, call.stride, call.padding, call.dilation)
+    return call.x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
-def _impl(*args) -> Tensor:
-    return backends.serve(reference, args)
-
-
-_op = register(SCHEMA, _impl, fake)
+_op = register(SCHEMA, lambda *args: dispatch.serve(Call(*args)), fake)
+registry.add_operator(Call.op)
 
 
 class _ConvBNAct(torch.autograd.Function):
@@ -92,10 +169,11 @@ class _ConvBNAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        x, weight, bias, bn_weight, _, mean, var, eps, *conv_args, residual, relu = args
+        call = Call(*args)
         y = _op(*args)
-        ctx.eps, ctx.conv_args = eps, conv_args
-        ctx.save_for_backward(x, weight, bn_weight, mean, var, y if relu else None)
+        ctx.eps, ctx.conv_args = call.eps, (call.stride, call.padding, call.dilation, call.groups)
+        saved = (call.x, call.weight, call.bn_weight, call.running_mean, call.running_var, y if call.relu else None)
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
@@ -163,48 +241,73 @@ def conv_bn_act(
         ValueError: an argument's shape, dtype or value is off.
         BackendUnavailable: a forced backend can't serve the call.
     """
+    short = unwatched() and not torch.is_grad_enabled()
+    if short:
+        stride = (stride, stride) if stride.__class__ is int else stride
+        padding = (padding, padding) if padding.__class__ is int else padding
+        dilation = (dilation, dilation) if dilation.__class__ is int else dilation
+        if torch._C._is_any_autocast_enabled():
+            x, weight, bias, residual = _autocast(x, weight, bias, residual)
+        vectors = (bias, bn_weight, bn_bias, running_mean, running_var)
+        images = x.data_ptr() | weight.data_ptr() | (0 if residual is None else residual.data_ptr())
+        key = (
+            *(x.shape, x.stride(), x.dtype, x.device, x.__class__, x.is_neg()),
+            *(weight.shape, weight.stride(), weight.dtype, weight.device, weight.__class__),
+            *(None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__) for v in vectors),
+            None
+            if residual is None
+            else (
+                residual.shape,
+                residual.stride(),
+                residual.dtype,
+                residual.device,
+                residual.__class__,
+                residual.is_neg(),
+            ),
+            *(eps, stride, padding, dilation, groups, act, images & 15, registry._forced),
+            torch._C._get_fp32_precision_getter("cuda", "conv") if x.dtype is torch.float32 else None,
+            torch._C._get_cudnn_enabled(),
+        )
+        plan = plans.short.get(key)
+        if plan is not None:
+            call = Call(x, weight, *vectors, eps, stride, padding, dilation, groups, residual, act == "relu")
+            if registry.listener is not None:
+                registry.listener(Call.name, plan.choice, call)
+            return plan.run(call)
+
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     groups = _integer("groups", groups)
     _check(x, weight, bn_weight, bn_bias, running_mean, running_var, bias, padding, dilation, groups, act)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)
     if residual is not None:
         _checks.like("residual", residual, out_shape(x, weight, stride, padding, dilation), x)
 
-    args = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-    args = (*args, stride, padding, dilation, groups, residual, act == "relu")
+    call = Call(
+        *(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps),
+        *(stride, padding, dilation, groups, residual, act == "relu"),
+    )
+    if _checks.needs_grad((bn_weight, bn_bias)):
+        lacks = "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
+    else:
+        lacks = _checks.transformed()
+    choice = registry.choose(call.name, x.device, lambda n: registry.unsupported(n, call) or lacks, call.order())
+    if choice.backend == registry.PLAIN:
+        registry.record(call.name, choice)
+        return call.reference()
+    y = (_ConvBNAct.apply if _checks.needs_grad(call) else _op)(*call)
+    plan = plans.kept.get((call.key(), registry.get_backend())) if short else None
+    if plan is not None and all(a.__class__ in PLAIN for a in call if isinstance(a, Tensor)) and not x.is_neg():
+        plans.keep(plans.short, key, plan)
+    return y
 
-    def serves(name: str) -> str | None:
-        if name == "onednn" and _checks.needs_grad((x, weight, bias, bn_weight, bn_bias, residual)):
-            return "onednn has no gradients; call it under torch.no_grad() or torch.inference_mode()"
-        if _checks.needs_grad((bn_weight, bn_bias)):
-            return "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
-        if (reason := _checks.transformed()) is not None:
-            return reason
-        return backends.supported(name, args)
 
-    choice = _registry.choose("conv_bn_act", x.device, serves, backends.shape_class(weight))
-    if choice.backend == "eager":
-        _registry.record("conv_bn_act", choice)
-        return reference(
-            x,
-            weight,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            bias=bias,
-            eps=eps,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            residual=residual,
-            act=act,
-        )
-    return (_ConvBNAct.apply if _checks.needs_grad(args) else _op)(*args)
+def _autocast(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments cast as autocast casts a convolution's."""
+    floating = x.is_floating_point() and weight.is_floating_point()
+    if not floating or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), *(None if t is None else t.to(dtype) for t in others)
 
 
 def _pair(name: str, value: Pair, least: int) -> list[int]:
