@@ -151,7 +151,7 @@ def assert_close(ours, theirs, x):
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5 * largest(theirs(x)))
 
 
-def test_tune_keeps_the_fastest_and_later_calls_take_it(ownstore, small, monkeypatch):
+def test_tune_keeps_the_fastest_and_later_calls_take_it(own_store, small, monkeypatch):
     ours, theirs, x = small
     timed = []
 
@@ -174,13 +174,13 @@ def test_tune_keeps_the_fastest_and_later_calls_take_it(ownstore, small, monkeyp
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"environment": {"torch": "0"}, "entries": {}}'])
-def test_a_damaged_tuning_file_is_a_warning(ownstore, small, content):
+def test_a_damaged_tuning_file_is_a_warning(own_store, small, content):
     (own_store / "tuned-cpu.json").write_text(content)
     with resnet_fused.backend("triton"), pytest.warns(UserWarning, match="tuned-cpu.json is left aside"):
         assert_close(*small)
 
 
-def test_tuned_entries_are_not_trusted_blindly(ownstore, small):
+def test_tuned_entries_are_not_trusted_blindly(own_store, small):
     ours, theirs, x = small
     with resnet_fused.backend("triton"):
         found = tune(ours, x, lambda launch: 1.0)

@@ -163,7 +163,7 @@ def test_choices_are_kept_for_few_calls_and_for_one_setting_of_cudnn(conv_launch
     for width in range(1, 6):
         call_conv(width)
     assert 0 < len(plans.kept) <= 3
-    plans.kept.clear()
+    plans.forget()
     for enabled in (True, False, True):
         with torch.backends.cudnn.flags(enabled=enabled):
             call_conv()

@@ -21,6 +21,11 @@ def dense_call(call: Any) -> Any:
     return call if all(is_dense(a) for a in call) else type(call)(*_dense(call))
 
 
+def filled(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """A launcher's results with tensors of no elements where it gave None: operators return tensors."""
+    return tuple(like.new_empty(0) if r is None else r for r in results)
+
+
 def is_dense(a: Any) -> bool:
     return not isinstance(a, Tensor) or a.is_contiguous(memory_format=format_of(a))
 

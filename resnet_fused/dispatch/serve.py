@@ -60,7 +60,7 @@ def compare(name: str, call: Any, config: Any) -> str | None:
     call = call.drawn()
     limits = list(numerics.call_limits(call))
     results = registry.implementation(name, call.op).plan(call, config)(call)
-    return numerics.wrong(numerics.as_tuple(results), limits)
+    return numerics.wrong((*numerics.as_tuple(results), *call.written()), limits)
 
 
 def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from . import block
 from .block import Sum, run_block
 from .recompute import REPEATABLE, keeping_convolutions, recomputed, recomputes
 from .shortcut import PadShortcut
-from .steps import INPUT, Step, called_plainly
+from .steps import INPUT, Step, called_plainly, counters
 
-__all__ = ["INPUT", "PadShortcut", "Recompute", "Step", "Sum", "block", "hands_over", "run"]
+__all__ = ["INPUT", "PadShortcut", "Recompute", "Step", "Sum", "block", "counters", "hands_over", "run"]
 
 Recompute = Literal["activations", "blocks"] | None
 

@@ -1,5 +1,8 @@
 """Questions about a step's modules: whether they may be fused, which statistics a BN takes, over which processes."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,10 +67,44 @@ def momentum(bn: nn.Module) -> float:
     """nn.BatchNorm2d's bookkeeping: counts the batch, and resolves momentum=None to the cumulative average."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not tape.replays:
-        bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
+            bn.num_batches_tracked.add_(1)
             momentum = 1.0 / float(bn.num_batches_tracked)
+        else:
+            counters.add(tensor(bn, "num_batches_tracked"))
     return momentum
+
+
+class Counters(threading.local):
+    """Counts batches: one by one, or those of a whole model at its end, as one operator."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] | None = None
+
+    def add(self, counter: Tensor) -> None:
+        if torch.compiler.is_compiling() or self._waiting is None:
+            counter.add_(1)
+        else:
+            self._waiting.append(counter)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._waiting is not None:
+            yield
+            return
+        self._waiting = []
+        try:
+            yield
+        finally:
+            waiting, self._waiting = self._waiting, None
+            if len(set(map(id, waiting))) < len(waiting):  # a module that ran twice
+                for counter in waiting:
+                    counter.add_(1)
+            elif waiting:
+                torch._foreach_add_(waiting, 1)
+
+
+counters = Counters()
 
 
 def needs_grad(bn: nn.Module) -> bool:

@@ -119,6 +119,9 @@ class Call(NamedTuple):
 
         return Call(*(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True)))
 
+    def written(self) -> tuple[Tensor, ...]:
+        return ()
+
     def allow_tf32(self) -> bool:
         return self.x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
 

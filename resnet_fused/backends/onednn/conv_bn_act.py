@@ -72,7 +72,7 @@ def plan(call: "Call", config: None) -> Callable[["Call"], Tensor]:
 def _run(call: "Call") -> Tensor:
     """x [N, C, H, W] of any layout -> y [N, K, P, Q] in channels_last."""
     x = dense(call.x)
-    conv_args = call.padding, call.stride, call.dilation, call.groups
+    conv_args = list(call.padding), list(call.stride), list(call.dilation), call.groups
     key = call.weight if call.running_var is None else call.running_var
     packed, shift = _folded(key, x, (call.weight, call.bias, *call.bn), call.eps, conv_args)
     y = torch.ops.mkldnn._convolution_pointwise(x, packed, shift, *conv_args, "none", [], "")

@@ -7,13 +7,20 @@ from torch import Tensor
 
 from .. import batch_norm
 from .batch_norm_apply import plan_apply
-from .batch_norm_train import plan_apply_with_mask, plan_backward_dx, plan_backward_sums, plan_statistics
+from .batch_norm_train import (
+    plan_apply_with_mask,
+    plan_backward_dx,
+    plan_backward_sums,
+    plan_batch_statistics,
+    plan_statistics,
+)
 
 if TYPE_CHECKING:
     from ...ops.batch_norm_act.calls import StepCall
 
 PLANNERS: dict[str, batch_norm.Planner] = {
     "statistics": plan_statistics,
+    "batch_statistics": plan_batch_statistics,
     "apply": plan_apply,
     "apply_with_mask": plan_apply_with_mask,
     "backward_sums": plan_backward_sums,

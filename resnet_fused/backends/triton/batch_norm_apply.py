@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import filled
 from .common import normalize, round_to
 from .launch import Launch
 
@@ -75,7 +76,7 @@ def plan_apply(
     residual_var: Tensor | None,
     pre_add: Tensor | None,
     relu: bool,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`apply` for all arguments of this metadata."""
     N, C, H, W = x.shape
     M = N * H * W
@@ -88,11 +89,11 @@ def plan_apply(
         total = None if pre_add is None else torch.empty_like(y)
         if M:
             launch(x, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, pre_add, y, total)
-        return y, x.new_empty(0) if total is None else total
+        return y, total
 
     return run
 
 
 def apply(*args) -> tuple[Tensor, Tensor]:
     """y and x + pre_add (of no elements without one); x, residual and pre_add dense channels_last [N, C, H, W]."""
-    return plan_apply(*args)(*args)
+    return filled(plan_apply(*args)(*args), args[0])

@@ -29,27 +29,31 @@ class Launch:
         self._device: int | None = None
         self._direct: CompiledKernel | None = None
 
-    def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+    def __call__(self, *tensors: Tensor | TensorDescriptor | None, numbers: tuple[float, ...] = ()) -> None:
+        """numbers: what changes from call to call, behind the tensors."""
         direct = self._direct
         runtime = knobs.runtime
         if direct is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
-            return self._through_triton(tensors)
+            return self._through_triton(tensors, numbers)
         for t in tensors:
             if t is not None and t.__class__ is not TensorDescriptor and t.data_ptr() & 15:
-                return self._through_triton(tensors)
+                return self._through_triton(tensors, numbers)
         active = driver.active
         device = active.get_current_device()
         if device != self._device:
             with torch.cuda.device(self._device):
-                return self(*tensors)
+                return self(*tensors, numbers=numbers)
         stream = active.get_current_stream(device)
         x, y, z = self._grid
-        direct.run(x, y, z, stream, direct.function, direct.packed_metadata, None, None, None, *tensors, *self._rest)
+        arguments = (*tensors, *numbers, *self._rest)
+        direct.run(x, y, z, stream, direct.function, direct.packed_metadata, None, None, None, *arguments)
 
-    def _through_triton(self, tensors: tuple[Tensor | TensorDescriptor | None, ...]) -> None:
+    def _through_triton(
+        self, tensors: tuple[Tensor | TensorDescriptor | None, ...], numbers: tuple[float, ...]
+    ) -> None:
         pointers = [t.base if isinstance(t, TensorDescriptor) else t for t in tensors if t is not None]
         with torch.cuda.device_of(pointers[0]):
-            compiled = self._kernel[self._grid](*tensors, **self._names)
+            compiled = self._kernel[self._grid](*tensors, *numbers, **self._names)
             if isinstance(compiled, CompiledKernel) and not any(t.data_ptr() % 16 for t in pointers):
                 if not self._kernel.pre_run_hooks:
                     self._device, self._direct = driver.active.get_current_device(), compiled

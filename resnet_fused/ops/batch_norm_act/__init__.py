@@ -27,12 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import registry
+from ...dispatch import plans, registry
 from .. import _checks
 from .._calls import BN, NO_BN
+from .._short import unwatched
 from . import calls, formulas
 from .calls import ApplyCall
+from .one_call import keyed, run, train
 from .tape import tape
+from .training import TrainingCall
 
 __all__ = ["batch_norm_act", "reference"]
 
@@ -179,19 +182,6 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-def _update(running_mean: Tensor | None, running_var: Tensor | None, mean, var, count, momentum: float) -> None:
-    """nn.BatchNorm2d's: the unbiased variance enters the running one."""
-    if running_mean is None or tape.replays:
-        return
-    correction = count / (count - 1)
-    with torch.no_grad():
-        for running, new in ((running_mean, mean), (running_var, var * correction)):
-            if running.dtype == new.dtype:
-                running.lerp_(new, momentum)
-            else:  # half-precision statistics are rounded once
-                running.copy_(running.to(new.dtype).lerp(new, momentum))
-
-
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -230,6 +220,21 @@ def batch_norm_act(
         ValueError: an argument's shape, dtype or value is off; training on one value per channel.
         BackendUnavailable: a forced backend can't serve the call.
     """
+    if training and group is None and unwatched() and not tape.active:
+        call = TrainingCall(
+            *(x, weight, bias, running_mean, running_var, momentum, eps, residual),
+            *((None,) * 4 if residual_bn is None else residual_bn),
+            *(
+                residual_bn is not None,
+                pre_add,
+                act == "relu",
+                act == "relu" and residual is not None and residual_bn is None,
+            ),
+        )
+        key = (*keyed(call), act)
+        if (route := plans.short.get(key)) is not None:
+            return run(route, call)
+
     _checks.image("x", x)
     _checks.act(act)
     bn, bn2 = BN(weight, bias, running_mean, running_var), BN(*residual_bn) if residual_bn is not None else NO_BN
@@ -270,13 +275,16 @@ def batch_norm_act(
     if fused and not trains:
         y, _, total = calls.apply(*applied)
         return y if pre_add is None else (y, total)
+    if fused and training and group is None and unwatched() and not tape.active:
+        return train(key, call)
     options = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
     args = (x, *bn, residual, *bn2, pre_add, options)
     y, total, mean, var, mean2, var2, count = _BatchNormAct.apply(*args)
     if training:
         count = x.numel() // x.shape[1] if count is None else count
-        _update(running_mean, running_var, mean, var, count, momentum)
-        _update(bn2.mean, bn2.var, mean2, var2, count, momentum)
+        if not tape.replays:
+            formulas.update_running(running_mean, running_var, mean, var, count, momentum)
+            formulas.update_running(bn2.mean, bn2.var, mean2, var2, count, momentum)
     return y if pre_add is None else (y, total)
 
 

@@ -82,6 +82,10 @@ class Step:
             *(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
         )
 
+    def written(self) -> tuple[Tensor, ...]:
+        """The arguments that the call writes."""
+        return ()
+
     def vectors(self) -> tuple[Tensor | None, ...]:
         """Those whose dtypes a backend has to serve."""
         return ()
@@ -209,12 +213,14 @@ class Backward(Step):
     """Of a ReLU whose mask may have to be computed anew."""
 
     def drawn(self) -> Self:
+        return super().drawn().settled()
+
+    def settled(self) -> Self:
         """dy is 0 where the sign under the ReLU is in doubt."""
-        call = super().drawn()
-        if not call.relu or call.relu_mask is not None:
-            return call
-        pre_activation = formulas.pre_activation(*call[1:12])
-        return call._replace(dy=torch.where(pre_activation.abs() < 0.05, 0, call.dy))
+        if not self.relu or self.relu_mask is not None:
+            return self
+        pre_activation = formulas.pre_activation(*self[1:12])
+        return self._replace(dy=torch.where(pre_activation.abs() < 0.05, 0, self.dy))
 
     def absolute(self) -> Self:
         """Where the ReLU's gradient passes is decided by the values themselves."""

@@ -127,3 +127,16 @@ def backward_dx(
     if need_dresidual:
         dresidual = through(residual, weight2, mean2, var2, sum_dz_rhat).to(dy.dtype)
     return dx, dresidual
+
+
+def update_running(running_mean, running_var, mean, var, count, momentum: float) -> None:
+    """nn.BatchNorm2d's: the unbiased variance enters the running one."""
+    if running_mean is None:
+        return
+    correction = count / (count - 1)
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, var * correction)):
+            if running.dtype == new.dtype:
+                running.lerp_(new, momentum)
+            else:  # half-precision statistics are rounded once
+                running.copy_(running.to(new.dtype).lerp(new, momentum))

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layout import filled
 from ..common import round_to
 from ..launch import Launch
 from .tiles import load_bn, merge_tiling, place, tiling, unpack_bits
@@ -225,7 +226,7 @@ def plan_backward_sums(
     residual_var: Tensor | None,
     relu_mask: Tensor | None,
     relu: bool,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
     """`backward_sums` for all arguments of this metadata."""
     N, C, H, W = dy.shape
     M = N * H * W
@@ -237,14 +238,16 @@ def plan_backward_sums(
     merge = Launch(merge_kernel, grid, {"C": C, "splits": splits, **config})
 
     def run(dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu):
-        sums = [torch.empty(C if i < 2 or two else 0, dtype=torch.float32, device=dy.device) for i in range(3)]
+        sum_dz = torch.empty(C, dtype=torch.float32, device=dy.device)
+        sums = (sum_dz, torch.empty_like(sum_dz), torch.empty_like(sum_dz) if two else None)
         if M == 0:
-            return tuple(s.zero_() for s in sums)
-        partial = list(torch.empty((2 + two, splits, C), dtype=torch.float32, device=dy.device)) + [None] * (not two)
+            return tuple(s if s is None else s.zero_() for s in sums)
+        partial = torch.empty((2 + two, splits, C), dtype=torch.float32, device=dy.device).unbind()
+        partial = partial if two else (*partial, None)
         residual = residual if reads_residual else None
         gather(dy, z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, relu_mask, *partial)
         merge(*partial, *sums)
-        return tuple(sums)
+        return sums
 
     return run
 
@@ -256,7 +259,7 @@ def backward_sums(*args) -> tuple[Tensor, Tensor, Tensor]:
     anew from z and the residual. With `relu_mask` a residual without BN may be None; images are dense channels_last
     [N, C, H, W].
     """
-    return plan_backward_sums(*args)(*args)
+    return filled(plan_backward_sums(*args)(*args), args[4])
 
 
 def plan_backward_dx(
@@ -281,7 +284,7 @@ def plan_backward_dx(
     dtotal: Tensor | None = None,
     need_dx: bool = True,
     need_dresidual: bool = False,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
     """`backward_dx` for all arguments of this metadata."""
     N, C, H, W = dy.shape
     M = N * H * W
@@ -293,15 +296,12 @@ def plan_backward_dx(
         dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu,
         sum_dz, sum_xhat, sum_rhat, count, dtotal=None, need_dx=True, need_dresidual=False,
     ):  # fmt: skip
-        dx, dresidual = (
-            torch.empty_like(dy, memory_format=torch.channels_last) if need else dy.new_empty(0)
-            for need in (need_dx, need_dresidual)
-        )
+        dx = torch.empty_like(dy, memory_format=torch.channels_last) if need_dx else None
+        dresidual = torch.empty_like(dy, memory_format=torch.channels_last) if need_dresidual else None
         if M and (need_dx or need_dresidual):
             residual = residual if reads_residual else None
-            outputs = (dx if need_dx else None, dresidual if need_dresidual else None)
             bn = (weight, bias, mean, var, residual, weight2, bias2, mean2, var2)
-            launch(dy, z, *bn, relu_mask, sum_dz, sum_xhat, sum_rhat, count, dtotal, *outputs)
+            launch(dy, z, *bn, relu_mask, sum_dz, sum_xhat, sum_rhat, count, dtotal, dx, dresidual)
         return dx, dresidual
 
     return run
@@ -314,4 +314,4 @@ def backward_dx(*args) -> tuple[Tensor, Tensor]:
     residual's gradient is dz, or has dx's form where the shortcut has a BN. One that is not needed has no elements.
     `count`, one float32 element, is the number of elements a channel behind the statistics; None: that of dy.
     """
-    return plan_backward_dx(*args)(*args)
+    return filled(plan_backward_dx(*args)(*args), args[0])

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layout import filled
 from ..common import normalize, round_to
 from ..launch import Launch
 from .tiles import merge_tiling, pack_bits, place, tiling
@@ -71,7 +72,11 @@ def merge_kernel(
     partial_mean,  # [splits, C]
     partial_m2,  # [splits, C]
     mean,  # [C]
-    m2,  # [C]
+    m2,  # [C] or None, as the next three
+    var,
+    running_mean,
+    running_var,
+    momentum,  # of the running statistics
     M,
     C,
     splits,
@@ -93,7 +98,20 @@ def merge_kernel(
     m2s = tl.load(partial_m2 + at, mask, other=0.0) + means * means * n
     pivot = tl.load(z + c, c < C, other=0.0).to(tl.float32)
     tl.store(mean + c, pivot + merged, c < C)
-    tl.store(m2 + c, tl.sum(m2s, 0), c < C)
+    sum_m2 = tl.sum(m2s, 0)
+    if m2 is not None:
+        tl.store(m2 + c, sum_m2, c < C)
+    if var is not None:
+        elements = M.to(tl.float32)
+        tl.store(var + c, tl.div_rn(sum_m2, elements), c < C)
+        if running_mean is not None:
+            old = tl.load(running_mean + c, c < C, other=0.0).to(tl.float32)
+            new = round_to(old + (pivot + merged - old) * momentum, running_mean.dtype.element_ty)
+            tl.store(running_mean + c, new, c < C)
+            old = tl.load(running_var + c, c < C, other=0.0).to(tl.float32)
+            unbiased = tl.div_rn(sum_m2, elements - 1)
+            new = round_to(old + (unbiased - old) * momentum, running_var.dtype.element_ty)
+            tl.store(running_var + c, new, c < C)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -134,8 +152,33 @@ def apply_with_mask_kernel(
     tl.store(relu_mask + first_row * width + at, packed, in_rows & (byte < width)[None, :])
 
 
-def plan_statistics(x: Tensor, pre_add: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def plan_statistics(x: Tensor, pre_add: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
     """`statistics` for all arguments of this metadata."""
+    gather = _plan_gather(x)
+
+    def run(x, pre_add=None):
+        mean, m2 = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+        return mean, m2, gather(x, pre_add, mean, m2, None, None, None, 0.0)
+
+    return run
+
+
+def plan_batch_statistics(
+    x: Tensor, pre_add: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """For all arguments of this metadata: mean, var and x + pre_add; writes the running statistics."""
+    gather = _plan_gather(x)
+
+    def run(x, pre_add, running_mean, running_var, momentum):
+        mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+        var = torch.empty_like(mean)
+        return mean, var, gather(x, pre_add, mean, None, var, running_mean, running_var, momentum)
+
+    return run
+
+
+def _plan_gather(x: Tensor) -> Callable[..., Tensor | None]:
+    """The two launches: partial statistics of every split of the rows, then their merge; returns x + pre_add."""
     N, C, H, W = x.shape
     M = N * H * W
     grid, splits, config = tiling(M, C, programs=8)
@@ -144,13 +187,12 @@ def plan_statistics(x: Tensor, pre_add: Tensor | None = None) -> Callable[..., t
     grid, config = merge_tiling(splits, C)
     merge = Launch(merge_kernel, grid, {"M": M, "C": C, "splits": splits, "rows": rows, **config})
 
-    def run(x, pre_add=None):
+    def run(x, pre_add, mean, m2, var, running_mean, running_var, momentum):
         total = None if pre_add is None else torch.empty_like(x, memory_format=torch.channels_last)
-        partial = torch.empty((2, splits, C), dtype=torch.float32, device=x.device).unbind()
-        mean, m2 = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
-        gather(x, pre_add, total, *partial)
-        merge(x if total is None else total, *partial, mean, m2)
-        return mean, m2, x.new_empty(0) if total is None else total
+        means, m2s = torch.empty((2, splits, C), dtype=torch.float32, device=x.device).unbind()
+        gather(x, pre_add, total, means, m2s)
+        merge(x if total is None else total, means, m2s, mean, m2, var, running_mean, running_var, numbers=(momentum,))
+        return total
 
     return run
 
@@ -160,7 +202,7 @@ def statistics(x: Tensor, pre_add: Tensor | None = None) -> tuple[Tensor, Tensor
 
     x and pre_add dense channels_last [N, C, H, W], not empty; z has no elements where pre_add is None: then it is x.
     """
-    return plan_statistics(x, pre_add)(x, pre_add)
+    return filled(plan_statistics(x, pre_add)(x, pre_add), x)
 
 
 def plan_apply_with_mask(
