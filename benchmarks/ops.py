@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fused import BackendUnavailable, _registry, bench
+from resnet_fused import BackendUnavailable, bench
+from resnet_fused.dispatch import registry
 from resnet_fused.testing import CASES, OPS, Case, as_tuple, assert_within_budget, make_inputs, nan_filled_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,7 +29,7 @@ def _dtypes() -> list[str]:
 
 
 def _backends() -> list[str]:
-    there = [name for name in _registry.BACKENDS if _registry.unavailable(name, DEVICE) is None]
+    there = [name for name in registry.BACKENDS if registry.unavailable(name, DEVICE) is None]
     return [name for name in there if DEVICE.type == "cuda" or name != "triton"]  # not its interpreter
 
 
@@ -62,7 +63,7 @@ def test_op(benchmark: Any, record_property: Any, case: Case, dtype: torch.dtype
     args, kwargs = _inputs(case.id, dtype)
 
     def call(name: str) -> object:
-        with _registry.backend(name):
+        with registry.backend(name):
             return OPS[case.op](*args, **kwargs)
 
     try:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import BackendUnavailable, _registry, bench, ops
+from resnet_fused import BackendUnavailable, bench, ops
+from resnet_fused.dispatch import registry
 from resnet_fused.models import get_model
-from resnet_fused.ops.conv_bn_act.backends import split_reason
 from resnet_fused.testing import as_tuple
 
 ROUNDS, SAMPLE_MS = 7, 5.0
@@ -54,18 +54,18 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
     """The fused operators that `run` calls, one for each set of shapes, in order."""
     found: dict[tuple, Call] = {}
 
-    def listen(op: str, choice: _registry.Choice, args: tuple) -> None:
+    def listen(op: str, choice: registry.Choice, args: tuple) -> None:
         key = (op, *((a.shape, a.dtype) if isinstance(a, Tensor) else str(a) for a in args))
         if key in found:
             found[key].layers += 1
         else:
-            found[key] = Call(op, tuple(a.detach() if isinstance(a, Tensor) else a for a in args))
+            found[key] = Call(op, type(args)(*(a.detach() if isinstance(a, Tensor) else a for a in args)))
 
-    before, _registry.listener = _registry.listener, listen
+    before, registry.listener = registry.listener, listen
     try:
         run()
     finally:
-        _registry.listener = before
+        registry.listener = before
     return list(found.values())
 
 
@@ -84,7 +84,7 @@ def machine(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
 
 
 def backends(device: torch.device) -> list[str]:
-    return [b for b in _registry.BACKENDS if b != "eager" and _registry.unavailable(b, device) is None]
+    return [b for b in registry.BACKENDS if b != "eager" and registry.unavailable(b, device) is None]
 
 
 @torch.no_grad()
@@ -95,10 +95,10 @@ def rows(calls: list[Call], bandwidth: float, peak: float, device: torch.device)
         conv = call.op == "conv_bn_act"
         for name in [*backends(device), *(["eager"] if conv else [])]:
             try:
-                with _registry.backend(name):
+                with registry.backend(name):
                     results = call.run()
                     times[name] = milliseconds(call.run, device)
-                    if conv and (why := split_reason(name, call.args)) is not None:
+                    if conv and (why := registry.splits(name, call.args)) is not None:
                         split[name] = why
             except BackendUnavailable as error:
                 refused[name] = str(error)

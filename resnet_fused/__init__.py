@@ -3,8 +3,8 @@
 from typing import Any
 
 from . import models, ops
-from ._registry import BackendUnavailable, backend, set_backend
 from ._version import __version__
+from .dispatch.registry import BackendUnavailable, backend, set_backend
 from .explain import explain
 from .graphs import graphed
 from .models import *  # noqa: F403

@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _cuda, _registry, models
-from ._store import installed_version
+from . import models
 from ._version import __version__
 from .bench.engine import resolve_device as _device
+from .dispatch import registry
+from .dispatch.store import installed_version
 from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
@@ -29,7 +30,7 @@ _EXPECTED = (
     ImportError,
     FloatingPointError,
     FetchError,
-    _registry.BackendUnavailable,
+    registry.BackendUnavailable,
     torch.OutOfMemoryError,
 )
 
@@ -67,7 +68,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     command.add_argument("--weights", help="as weights= of the model: DEFAULT, IMAGENET1K_V1, MSRA, or a file")
     command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
-    command.add_argument("--backend", choices=("auto", *_registry.BACKENDS), default=_registry.get_backend())
+    command.add_argument("--backend", choices=("auto", *registry.BACKENDS), default=registry.get_backend())
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_predict)
 
@@ -136,7 +137,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     device = _device(args.device)
-    if reason := _registry.unknown(args.backend):
+    if reason := registry.unknown(args.backend):
         raise ValueError(reason)
     weights = args.weights or _default_weights(args.model)
     preset = _preset(args.model, weights)
@@ -151,7 +152,7 @@ def _predict(args: argparse.Namespace) -> int:
         "backend": args.backend,
         "images": [],
     }
-    with _registry.backend(args.backend), torch.inference_mode():
+    with registry.backend(args.backend), torch.inference_mode():
         for name, image in images.items():
             probabilities = model(image[None].to(device)).float().softmax(1)[0].cpu()
             top = probabilities.topk(min(args.top, len(probabilities)))
@@ -261,10 +262,10 @@ def _collect_info() -> dict[str, Any]:
         },
         "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
         | {str(d): _gpu(d) for d in gpus},
-        "extension": _cuda.build_info(),
-        "backend": _registry.get_backend(),
+        "extension": registry.extension(),
+        "backend": registry.get_backend(),
         "backends": {
-            str(device): {name: _registry.unavailable(name, device) for name in _registry.BACKENDS}
+            str(device): {name: registry.unavailable(name, device) for name in registry.BACKENDS}
             for device in (torch.device("cpu"), *(gpus or [torch.device("cuda")]))
         },
     }
@@ -278,7 +279,7 @@ def _gpu(device: torch.device) -> str:
 def _info_text(info: dict[str, Any]) -> str:
     lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
     lines += ["CUDA extension _C", *_rows(info["extension"])]
-    if reason := _registry.unknown(info["backend"]):
+    if reason := registry.unknown(info["backend"]):
         lines += ["", reason]
     for device, backends in info["backends"].items():
         here = "" if device in info["devices"] else ", none here"

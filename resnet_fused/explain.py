@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import _registry, layers
+from . import layers
+from .dispatch import registry
 
 
 @dataclass
@@ -39,15 +40,15 @@ class _Explainer:
     def begin(self, step: layers.Step, unfusable: str | None, takes_over: bool = False) -> None:
         row = self._row(step, add=step.addend is not None, takes_over=takes_over)
         self.open.append(row)
-        if not _registry.fuses(self.device):
-            row.ran = ["eager"]
+        if not registry.fuses(self.device):
+            row.ran = [registry.PLAIN]
             row.why.append(
-                "backend 'eager' is forced"
-                if _registry.get_backend() == "eager"
+                f"backend {registry.PLAIN!r} is forced"
+                if registry.get_backend() == registry.PLAIN
                 else f"backend 'auto' is eager on {self.device.type}; it fuses on CUDA devices"
             )
         elif unfusable is not None:
-            row.ran = ["eager"]
+            row.ran = [registry.PLAIN]
             row.why.append(unfusable)
 
     def end(self) -> None:
@@ -57,7 +58,7 @@ class _Explainer:
         """The shortcut's BN runs in the pass of the step that is open."""
         self._row(inner).ran = [f"in {self.open[-1].layer}'s pass"]
 
-    def served(self, op: str, choice: _registry.Choice, args: tuple) -> None:
+    def served(self, op: str, choice: registry.Choice, call: object) -> None:
         if not self.open:  # an operator that a module calls by itself
             return
         row = self.open[-1]
@@ -95,12 +96,12 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     model = getattr(model, "_orig_mod", model)  # a compiled one makes the same choices, but only while it is traced
     buffers = [(b, b.clone()) for b in model.buffers()]
     explainer = _Explainer(model, x.device)
-    previous = layers.explainer, _registry.listener
-    layers.explainer, _registry.listener = explainer, explainer.served
+    previous = layers.block.explainer, registry.listener
+    layers.block.explainer, registry.listener = explainer, explainer.served
     try:
         model._call_impl(x)  # hooks too, without what model.compile() made
     finally:
-        layers.explainer, _registry.listener = previous
+        layers.block.explainer, registry.listener = previous
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

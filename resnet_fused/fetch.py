@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._store import cache_dir
+from .dispatch.store import cache_dir
 
 
 class FetchError(RuntimeError):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _registry
+from .dispatch import registry
 
 _SETTINGS = {  # numbers that a graph holds fast
     nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups"),
@@ -116,7 +116,7 @@ def _kind(x: Tensor) -> Hashable:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cudnn.conv.fp32_precision
-    return x.shape, x.stride(), x.dtype, x.device, autocast, precision, _registry.get_backend()
+    return x.shape, x.stride(), x.dtype, x.device, autocast, precision, registry.get_backend()
 
 
 def _state(model: nn.Module) -> Hashable:

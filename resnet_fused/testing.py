@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch.numerics import absolute, as_tuple, largest, limits, map_tensors, wrong
 from .ops import batch_norm_act as _batch_norm_act_op
 from .ops import conv_bn_act as _conv_bn_act_op
-from .ops._checks import DTYPES
-from .ops._numerics import absolute, as_tuple, largest, map_tensors, mismatch
 from .ops.batch_norm_act import reference as _batch_norm_act_reference
 from .ops.conv_bn_act import out_shape
 from .ops.conv_bn_act import reference as _conv_bn_act_reference
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what fused kernels serve
 OPS = {"batch_norm_act": _batch_norm_act_op, "conv_bn_act": _conv_bn_act_op}
 REFERENCES = {"batch_norm_act": _batch_norm_act_reference, "conv_bn_act": _conv_bn_act_reference}
 LAYOUTS = ("channels_last", "contiguous", "strided")
@@ -199,8 +199,8 @@ def assert_within_budget(
     case: Case, results: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """AssertionError where a result is farther from float64 than the budget allows."""
-    wrong = mismatch(results, REFERENCES[case.op], args, kwargs)
-    assert wrong is None, f"{case.id}: {wrong}"
+    reason = wrong(results, limits(REFERENCES[case.op], args, kwargs))
+    assert reason is None, f"{case.id}: {reason}"
 
 
 def check(

@@ -1,26 +1,16 @@
 """Time what can serve each convolution of a model on this device, and keep the winners."""
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _registry, _tuned
+from .dispatch import fastest, registry, speed
+from .dispatch.speed import Timer, cuda_timer
 from .graphs import trains
-from .ops.conv_bn_act import backends, reference
-
-Timer = Callable[[Callable[[], Any]], float]  # a launch -> milliseconds
 
 
-def _cuda_timer(launch: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    return do_bench(launch, warmup=5, rep=20, return_mode="median")
-
-
-def tune(model: nn.Module, x: Tensor, timer: Timer = _cuda_timer) -> dict[str, dict[str, Any]]:
+def tune(model: nn.Module, x: Tensor, timer: Timer = cuda_timer) -> dict[str, dict[str, Any]]:
     """Run the eval-mode model on x, time every verified candidate for each convolution, and remember the fastest.
 
     Later calls of these shapes on this device take the winner, in this process and in later ones: it is kept in a JSON
@@ -40,39 +30,24 @@ def tune(model: nn.Module, x: Tensor, timer: Timer = _cuda_timer) -> dict[str, d
     """
     if trains(model):
         raise ValueError("model must be in eval mode to be tuned: only that runs the convolutions that are timed")
-    if timer is _cuda_timer and not x.is_cuda:
+    if timer is cuda_timer and not x.is_cuda:
         raise ValueError(f"x must be on a CUDA device to be timed, got {x.device}")
-    if not _registry.fuses(x.device):
-        raise ValueError(f"nothing is fused on {x.device} under backend {_registry.get_backend()!r}: nothing to tune")
+    if not registry.fuses(x.device):
+        raise ValueError(f"nothing is fused on {x.device} under backend {registry.get_backend()!r}: nothing to tune")
     found: dict[str, dict[str, Any]] = {}
 
-    def listen(op: str, choice: _registry.Choice, args: tuple) -> None:
-        if op == "conv_bn_act" and args and backends.key(args) not in found and args[0].numel():
-            found[backends.key(args)] = _fastest(args, timer)
+    def listen(op: str, choice: registry.Choice, call: Any) -> None:
+        problem = call.problem() if call else None
+        if problem is not None and problem not in found and call[0].numel():
+            found[problem] = fastest(call, timer)
 
-    previous, _registry.listener = _registry.listener, listen
+    previous, registry.listener = registry.listener, listen
     try:
         with torch.no_grad():
             model(x)
     finally:
-        _registry.listener = previous
+        registry.listener = previous
     for key, entry in found.items():
         if entry["backend"] is not None:
-            _tuned.remember(x.device, key, entry)
+            speed.remember(x.device, key, entry)
     return found
-
-
-def _fastest(args: tuple, timer: Timer) -> dict[str, Any]:
-    x, weight, *_ = args
-    times: list[tuple[float, str, backends.Config]] = []
-    for backend in _registry.candidates(x.device, backends.shape_class(weight)):
-        if _registry.unavailable(backend, x.device) or backends.supported(backend, args):
-            continue
-        for config in backends.configs(backend, args):
-            with warnings.catch_warnings():  # a candidate that does not fit this device is no news here
-                warnings.simplefilter("ignore")
-                wrong = backends.refused(backend, args, config, reference)
-            if wrong is None:
-                times.append((timer(lambda b=backend, c=config: backends.launch(b, args, c)), backend, config))
-    ms, backend, config = min(times, key=lambda t: t[0], default=(None, None, None))
-    return {"backend": backend, "config": config, "ms": ms, "candidates": len(times)}

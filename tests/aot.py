@@ -32,8 +32,9 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from resnet_fused._triton import batch_norm_act, batch_norm_train, conv_bn_act  # noqa: E402
-from resnet_fused._triton.fold import fold  # noqa: E402
+from resnet_fused.backends.triton import batch_norm_apply, batch_norm_train  # noqa: E402
+from resnet_fused.backends.triton import conv as conv_bn_act  # noqa: E402
+from resnet_fused.backends.triton.fold import fold  # noqa: E402
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS = TYPES | {torch.uint8: "u8"}  # the ReLU mask
@@ -125,7 +126,7 @@ def batch_norm_launches(dtype: torch.dtype) -> Iterator[Launch]:
     none = [None] * 4
     for residual, residual_bn, pre_add in [(None, none, None), (x, none, None), (x, bn, None), (x, none, x)]:
         with recorded() as launches:
-            batch_norm_act.apply(x, *bn, 1e-5, residual, *residual_bn, pre_add, True)
+            batch_norm_apply.apply(x, *bn, 1e-5, residual, *residual_bn, pre_add, True)
         yield from launches
 
 
@@ -179,7 +180,8 @@ def conv_launches(conv: Conv, batch: int, dtype: torch.dtype, tf32: bool, arch: 
     configs = conv_bn_act.candidates(problem)
     for config in configs[:1] if quick else configs:
         with recorded() as launches:
-            conv_bn_act.conv_bn_act(x, weight, None, *bn, 1e-5, *geometry, residual, conv.relu, tf32, config)
+            arguments = (x, weight, None, *bn, 1e-5, *geometry, residual, conv.relu)
+            conv_bn_act.conv_bn_act(*arguments, allow_tf32=tf32, config=config)
         yield from launches
 
 
@@ -236,7 +238,7 @@ def compile_job(task: tuple[int, bool, int]) -> tuple[str, list[str]]:
         wrong.append(f"spills {spilled} bytes")
     if shared > SHARED[job.arch]:
         wrong.append(f"needs {shared} bytes of shared memory, sm_{job.arch} has {SHARED[job.arch]}")
-    is_16_bit_conv = "conv_bn_act" in launch.kernel.fn.__module__ and job.dtype.itemsize == 2
+    is_16_bit_conv = ".conv." in launch.kernel.fn.__module__ and job.dtype.itemsize == 2
     if is_16_bit_conv and job.arch == 90 and not mma["wgmma.mma_async"]:
         wrong.append("has no wgmma")
     if launch.arguments.get("PRECISION") == "tf32" and job.dtype == torch.float32:

@@ -70,7 +70,7 @@ def _verdicts_of_this_session(tmp_path_factory):
     """Kernels are checked anew, and the user's own verdicts stay as they are."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet_fused._store, "cache_dir", lambda: folder)
+        patch.setattr(resnet_fused.dispatch.store, "cache_dir", lambda: folder)
         yield
 
 

@@ -14,7 +14,7 @@ import backend
 import pytest
 import torch
 
-from resnet_fused import _cuda
+from resnet_fused.backends.cuda import extension
 
 ROOT = Path(__file__).parents[1]
 TOOLKIT = Path("/cuda")
@@ -157,31 +157,31 @@ def test_a_kernels_name_tells_its_tile(name, tile):
     ],
 )
 def test_which_devices_run_it(archs, capability, runs):
-    reason = _cuda.device_mismatch(archs, capability)
+    reason = extension.device_mismatch(archs, capability)
     assert (reason is None) == runs
     if not runs:
         assert f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} " in reason
 
 
 def test_which_pytorch_runs_it():
-    assert _cuda.cuda_mismatch("13.0", "13.2") is None
-    assert "compiled for CUDA 13.0, PyTorch is built for CUDA 12.8" in _cuda.cuda_mismatch("13.0", "12.8")
-    assert _cuda.torch_mismatch("2.11.0", "13.0", None) is None
-    assert "without CUDA" in _cuda.torch_mismatch("2.11.0+cpu", None, None)
-    assert "ROCm" in _cuda.torch_mismatch("2.11.0", None, "7.1")
+    assert extension.cuda_mismatch("13.0", "13.2") is None
+    assert "compiled for CUDA 13.0, PyTorch is built for CUDA 12.8" in extension.cuda_mismatch("13.0", "12.8")
+    assert extension.torch_mismatch("2.11.0", "13.0", None) is None
+    assert "without CUDA" in extension.torch_mismatch("2.11.0+cpu", None, None)
+    assert "ROCm" in extension.torch_mismatch("2.11.0", None, "7.1")
 
 
 def test_another_cuda_runtime_is_named():
     message = "libcudart.so.13: cannot open shared object file: No such file or directory"
-    assert "compiled for CUDA 13, PyTorch is built for CUDA 12.8" in _cuda.load_failure(message, "12.8")
-    assert "failed to load (undefined symbol: f)" in _cuda.load_failure("undefined symbol: f", "12.8")
+    assert "compiled for CUDA 13, PyTorch is built for CUDA 12.8" in extension.load_failure(message, "12.8")
+    assert "failed to load (undefined symbol: f)" in extension.load_failure("undefined symbol: f", "12.8")
 
 
 def test_off_the_gpu_there_is_a_reason():
-    assert "the tensor is on cpu" in _cuda.unavailable("cpu")
+    assert "the tensor is on cpu" in extension.unavailable("cpu")
     if not torch.cuda.is_available():
-        assert _cuda.unavailable("cuda", 0)
-    info = _cuda.build_info()
+        assert extension.unavailable("cuda", 0)
+    info = extension.build_info()
     assert set(info) in ({"reason"}, {"cuda", "torch", "torch_target", "archs", "compiler"})
 
 
@@ -189,11 +189,11 @@ def test_off_the_gpu_there_is_a_reason():
 def test_a_module_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
     for name in ("broken_module", "recorded", "tree"):
         (tmp_path / name).mkdir()
-        shutil.copy(ROOT / "resnet_fused/_cuda.py", tmp_path / name)
+        shutil.copy(ROOT / "resnet_fused/backends/cuda/extension.py", tmp_path / name)
     (tmp_path / f"broken_module/_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     (tmp_path / "recorded/_build_reason.txt").write_text("the compiler was on strike\n")
     monkeypatch.syspath_prepend(tmp_path)
-    broken, recorded, tree = (importlib.import_module(f"{n}._cuda") for n in ("broken_module", "recorded", "tree"))
+    broken, recorded, tree = (importlib.import_module(f"{n}.extension") for n in ("broken_module", "recorded", "tree"))
     assert "failed to load" in broken.unavailable("cuda", 0)
     assert "failed to load" in broken.build_info()["reason"]
     assert "the compiler was on strike" in recorded.unavailable("cuda", 0)
@@ -238,7 +238,7 @@ def test_the_sdist_carries_the_sources_and_builds_elsewhere(checkout, tmp_path):
     assert "installing without its CUDA kernels: RESNET_FUSED_FORCE_CUDA=0 was set" in result.stdout
     name, names, reason = read_wheel(tmp_path)
     assert name.endswith("-py3-none-any.whl")
-    assert {"resnet_fused/_cuda.py", "resnet_fused/models/resnet.py"} <= set(names)
+    assert {"resnet_fused/backends/cuda/extension.py", "resnet_fused/models/resnet.py"} <= set(names)
     assert not [name for name in names if not name.startswith("resnet_fused")]
     assert reason == "RESNET_FUSED_FORCE_CUDA=0 was set\n"
 

@@ -14,8 +14,9 @@ from PIL import Image
 from skimage import data
 
 import resnet_fused
-from resnet_fused import _registry, bench, cli
+from resnet_fused import bench, cli
 from resnet_fused.cli import main
+from resnet_fused.dispatch import registry
 from resnet_fused.fetch import fetch
 from resnet_fused.models import resnet18
 
@@ -191,7 +192,7 @@ def test_backend_that_is_not_there(fails, photo, checkpoint):
 
 
 def test_a_backend_of_the_environment_that_does_not_exist(fails, output, photo, monkeypatch):
-    monkeypatch.setattr(_registry, "_forced", "bad")
+    monkeypatch.setattr(registry, "_forced", "bad")
     monkeypatch.setattr(cli, "_default_weights", lambda model: pytest.fail("looked for weights"))
     reason = "there is no backend 'bad', RESNET_FUSED_BACKEND must be one of auto, cuda, triton"
     assert reason in fails("predict", photo)
@@ -293,9 +294,9 @@ def test_info(output):
     assert info["versions"]["resnet_fused"] == resnet_fused.__version__
     assert info["backend"] == "auto"
     for device, backends in info["backends"].items():
-        assert list(backends) == list(_registry.BACKENDS) and backends["eager"] is None
+        assert list(backends) == list(registry.BACKENDS) and backends["eager"] is None
         for name, reason in backends.items():
-            assert reason == _registry.unavailable(name, torch.device(device))
+            assert reason == registry.unavailable(name, torch.device(device))
     text = output("info")
     assert "CUDA extension _C" in text and "backends on cpu (in use: auto)" in text
     assert all(f"no: {reason}" in text for reason in info["backends"]["cpu"].values() if reason)

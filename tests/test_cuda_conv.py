@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused import BackendUnavailable, _cuda, _registry, _store, _trust, _tuned, explain, ops, testing, tune
+from resnet_fused import BackendUnavailable, explain, ops, testing, tune
+from resnet_fused.backends.cuda import conv_bn_act, extension, kernels
+from resnet_fused.dispatch import registry, speed, store, trust
 from resnet_fused.models import get_model
-from resnet_fused.ops.batch_norm_act.steps import plain_apply
-from resnet_fused.ops.conv_bn_act import backends, reference
+from resnet_fused.ops.batch_norm_act.formulas import plain_apply
+from resnet_fused.ops.conv_bn_act import reference
 
 NAMES = ["resnet18", "resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2"]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 100, 128, 256, 512, 1024]
@@ -259,16 +261,15 @@ def on_cpu(planner, monkeypatch, tmp_path):
         kwargs = dict(bias=bias, eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups)
         return reference(x, weight, *bn, residual=residual, act="relu" if relu else "none", **kwargs)
 
-    monkeypatch.setattr(_cuda, "_C", type("_C", (), {"conv_plans": staticmethod(planner)}))
-    monkeypatch.setattr(_cuda, "_device", lambda index: H100)
-    monkeypatch.setattr(_cuda, "conv_bn_act", kernel)
-    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
-    monkeypatch.setitem(_registry._UNAVAILABLE, "cuda", lambda device_type, index: None)
-    monkeypatch.setattr(backends, "_plans", {})
+    monkeypatch.setattr(extension, "_C", type("_C", (), {"conv_plans": staticmethod(planner)}))
+    monkeypatch.setattr(conv_bn_act, "device", lambda index: H100)
+    monkeypatch.setattr(kernels, "conv_bn_act", kernel)
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
+    monkeypatch.setitem(registry._UNAVAILABLE, "cuda", lambda device_type, index: None)
     precision = torch.backends.cudnn.conv.fp32_precision
-    _trust.forget(), _tuned.forget()
+    trust.forget(), speed.forget()
     yield launched
-    _trust.forget(), _tuned.forget()
+    trust.forget(), speed.forget()
     torch.backends.cudnn.conv.fp32_precision = precision
 
 
@@ -278,8 +279,8 @@ BN = [v.abs() + 0.5 for v in torch.randn(4, 64)]
 
 
 def test_the_backend_is_checked_launched_and_tuned(on_cpu, monkeypatch):
-    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
-    monkeypatch.setitem(_registry._ORDER, "conv", ("cuda", "triton"))
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    monkeypatch.setitem(registry._ORDER, "conv", ("cuda", "triton"))
     case = next(c for c in testing.CASES if c.id == "conv-3x3-join")
     testing.check(case, dtype=torch.float16, layout="strided")
     assert on_cpu == [(64, 64, 1)] * 2  # the self-check's launch, then the call's
@@ -295,7 +296,7 @@ def test_the_backend_is_checked_launched_and_tuned(on_cpu, monkeypatch):
 
 
 def test_a_wrong_convolution_is_disabled(on_cpu, monkeypatch):
-    monkeypatch.setattr(_cuda, "conv_bn_act", lambda x, *args: x)
+    monkeypatch.setattr(kernels, "conv_bn_act", lambda x, *args: x)
     with resnet_fused.backend("cuda"), pytest.warns(UserWarning, match="conv_bn_act/cuda/.*is disabled.*off by"):
         with pytest.raises(BackendUnavailable, match="off by"):
             ops.conv_bn_act(X, WEIGHT, *BN, padding=1)
@@ -304,8 +305,8 @@ def test_a_wrong_convolution_is_disabled(on_cpu, monkeypatch):
 def test_forced_it_says_why_two_passes_serve(on_cpu, monkeypatch):
     """`auto` passes the same calls on."""
     passes, said = [], []
-    monkeypatch.setattr(backends, "launch_bn", lambda name, *args: passes.append(name) or plain_apply(*args, False))
-    monkeypatch.setattr(_registry, "listener", lambda op, choice, args: said.append(choice))
+    monkeypatch.setattr(kernels, "batch_norm_act", lambda *args: passes.append(1) or plain_apply(*args, False))
+    monkeypatch.setattr(registry, "listener", lambda op, choice, args: said.append(choice))
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     for reason, x, weight, options in [
         ("groups", X, WEIGHT[:, :32], {"groups": 2}),
@@ -318,8 +319,8 @@ def test_forced_it_says_why_two_passes_serve(on_cpu, monkeypatch):
             y = ops.conv_bn_act(x, weight, *BN, **options)
         torch.testing.assert_close(y, reference(x, weight, *BN, **options))
         assert reason in said[-1].rejected[0][1] and "in one pass" in said[-1].rejected[0][1]
-        monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
-        monkeypatch.setitem(_registry._ORDER, "conv", ("cuda",))
+        monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+        monkeypatch.setitem(registry._ORDER, "conv", ("cuda",))
         passes.clear()
         ops.conv_bn_act(x, weight, *BN, **options)
         assert said[-1].backend == "eager" and reason in said[-1].rejected[0][1] and not passes

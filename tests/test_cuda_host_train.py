@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resnet_fused
-from resnet_fused import _cuda, _registry, explain, ops
-from resnet_fused._triton import batch_norm_train as triton_train
+from resnet_fused import explain, ops
+from resnet_fused.backends.cuda import kernels as cuda_kernels
+from resnet_fused.backends.triton import batch_norm_train as triton_train
+from resnet_fused.dispatch import registry
 from resnet_fused.testing import DTYPES, largest
 
 pytestmark = pytest.mark.skipif(host_cuda.unavailable() is not None, reason=str(host_cuda.unavailable()))
@@ -34,9 +36,9 @@ def kernels(**options: int) -> SimpleNamespace:
 @pytest.fixture
 def cuda_serves_the_cpu(monkeypatch):
     """The backend `cuda` takes CPU tensors: everything around the kernels is the package's own."""
-    monkeypatch.setitem(_registry._UNAVAILABLE, "cuda", lambda device_type, index=None: None)
+    monkeypatch.setitem(registry._UNAVAILABLE, "cuda", lambda device_type, index=None: None)
     for name in ("batch_norm_act", *STEPS):
-        monkeypatch.setattr(_cuda, name, getattr(host_cuda, name))
+        monkeypatch.setattr(cuda_kernels, name, getattr(host_cuda, name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
@@ -183,7 +185,7 @@ def test_a_wrong_kernel_is_refused(cuda_serves_the_cpu, monkeypatch):
         mean, m2, total = host_cuda.statistics(*args)
         return mean + 0.01, m2, total
 
-    monkeypatch.setattr(_cuda, "statistics", off)
+    monkeypatch.setattr(cuda_kernels, "statistics", off)
     with (
         resnet_fused.backend("cuda"),
         pytest.warns(UserWarning, match="batch_norm_act_statistics/cuda.*is disabled"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused import BackendUnavailable, _registry, explain, ops
+from resnet_fused import BackendUnavailable, explain, ops
+from resnet_fused.dispatch import registry
 
 X = torch.randn(2, 3, 64, 64)
 V = torch.ones(3)
@@ -56,13 +57,13 @@ def test_a_compiled_model_is_explained_as_the_model():
 def test_the_context_manager_restores_what_was_set():
     resnet_fused.set_backend("triton")
     with pytest.raises(ZeroDivisionError), resnet_fused.backend("eager"):
-        assert _registry.get_backend() == "eager"
+        assert registry.get_backend() == "eager"
         raise ZeroDivisionError
-    assert _registry.get_backend() == "triton"
+    assert registry.get_backend() == "triton"
     for choose in (resnet_fused.set_backend, lambda n: resnet_fused.backend(n).__enter__()):
         with pytest.raises(ValueError, match="one of auto, cuda, triton, cudnn, onednn, eager; got 'cutlass'"):
             choose("cutlass")
-    assert _registry.get_backend() == "triton"
+    assert registry.get_backend() == "triton"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_triton_without_the_interpreter_names_the_remedy():
 
 
 def test_the_environment_variable_chooses():
-    code = "import resnet_fused; print(resnet_fused._registry.get_backend())"
+    code = "import resnet_fused; print(resnet_fused.dispatch.registry.get_backend())"
     assert python(code, RESNET_FUSED_BACKEND="eager").stdout == "eager\n"
     assert python(code).stdout == "auto\n"
     use = "import resnet_fused, torch; resnet_fused.resnet18()(torch.randn(2, 3, 64, 64))"
@@ -106,7 +107,7 @@ def test_without_triton_and_torchvision_the_package_works():
         "import sys; sys.modules['triton'] = sys.modules['torchvision'] = None\n"
         "import torch, resnet_fused\n"
         "print(resnet_fused.resnet18(num_classes=3)(torch.randn(2, 3, 64, 64)).shape)\n"
-        "print(resnet_fused._registry.unavailable('triton', torch.device('cpu')))\n"
+        "print(resnet_fused.dispatch.registry.unavailable('triton', torch.device('cpu')))\n"
         "resnet_fused.ResNet18_Weights"
     )
     done = python(code)
@@ -115,8 +116,8 @@ def test_without_triton_and_torchvision_the_package_works():
 
 
 def test_auto_tries_the_next_and_ends_in_eager(monkeypatch):
-    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
-    choice = _registry.choose("op", X.device, lambda name: None, "batch_norm")
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    choice = registry.choose("op", X.device, lambda name: None, "batch_norm")
     assert choice.backend == "triton" and choice.rejected[0][0] == "cuda"
-    choice = _registry.choose("op", X.device, lambda name: "no kernel", "batch_norm")
+    choice = registry.choose("op", X.device, lambda name: "no kernel", "batch_norm")
     assert choice.backend == "eager" and choice.rejected[1] == ("triton", "no kernel")

@@ -11,10 +11,13 @@ from PIL import Image
 from torch import nn
 
 import resnet_fused
-from resnet_fused import _cudnn, _onednn, _registry, _store, _tuned, explain, tune
+from resnet_fused import explain, tune
+from resnet_fused.backends.cudnn import conv_bn_act as cudnn
+from resnet_fused.backends.onednn import conv_bn_act as onednn
+from resnet_fused.dispatch import registry, speed, store
+from resnet_fused.dispatch.numerics import largest
 from resnet_fused.models import get_model
-from resnet_fused.ops._numerics import largest
-from resnet_fused.ops.conv_bn_act import backends
+from resnet_fused.ops.conv_bn_act import Call
 
 WHOLE = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
 CUT = ["resnet34", "resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"]
@@ -130,10 +133,10 @@ def test_narrow_groups_say_why_two_passes_serve():
 
 @pytest.fixture
 def own_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
-    _tuned.forget()
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
+    speed.forget()
     yield tmp_path
-    _tuned.forget()
+    speed.forget()
 
 
 @pytest.fixture
@@ -161,10 +164,11 @@ def test_tune_keeps_the_fastest_and_later_calls_take_it(own_store, small, monkey
         assert len(timed) == sum(e["candidates"] for e in found.values()) > 2 * len(found) > 12
         (path,) = own_store.glob("tuned-*.json")
         assert json.loads(path.read_text())["entries"] == found
-        _tuned.forget()
+        speed.forget()
         ran = []
-        launch = backends.launch
-        monkeypatch.setattr(backends, "launch", lambda b, a, c: ran.append((backends.key(a), c)) or launch(b, a, c))
+        triton = registry.implementation("triton", "conv_bn_act")
+        plan = triton.plan
+        monkeypatch.setattr(triton, "plan", lambda call, c: ran.append((call.problem(), c)) or plan(call, c))
         assert_close(ours, theirs, x)
     assert all(config == found[key]["config"] for key, config in ran) and {key for key, _ in ran} == set(found)
 
@@ -188,7 +192,7 @@ def test_tuned_entries_are_not_trusted_blindly(own_store, small):
         content["entries"] = dict(zip(found, wrong, strict=False))
         assert len(found) >= len(wrong)
         path.write_text(json.dumps(content))
-        _tuned.forget()
+        speed.forget()
         assert_close(ours, theirs, x)
 
 
@@ -206,7 +210,7 @@ def test_tune_says_what_it_needs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fold(dtype):
     """What cuDNN's fused convolutions take; they run on a GPU only."""
-    from resnet_fused._triton.fold import fold
+    from resnet_fused.backends.triton.fold import fold
 
     torch.manual_seed(0)
     weight = torch.randn(48, 40, 3, 3).to(dtype)
@@ -241,8 +245,8 @@ def test_forced_cudnn_serves_whole_models(monkeypatch, small):
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
-    monkeypatch.setattr(_cudnn, "fold", _onednn._fold)
-    monkeypatch.setitem(_registry._UNAVAILABLE, "cudnn", lambda *device: None)
+    monkeypatch.setattr(cudnn, "plan_fold", lambda *args: onednn._fold)
+    monkeypatch.setitem(registry._UNAVAILABLE, "cudnn", lambda *device: None)
     ours, theirs, x = small
     with resnet_fused.backend("cudnn"):
         assert_close(ours, theirs, x)
@@ -253,7 +257,7 @@ def test_forced_cudnn_serves_whole_models(monkeypatch, small):
         assert ("cudnn in one kernel: cuDNN fuses a convolution only with a ReLU" in str(row.why)) == (
             "downsample" in row.layer
         )
-    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
     with torch.no_grad():
         assert {r.layer: r.ran for r in explain(ours, x)}["layer2.0.downsample.0"] == ["conv_bn_act: triton"]
 
@@ -261,6 +265,7 @@ def test_forced_cudnn_serves_whole_models(monkeypatch, small):
 @pytest.mark.parametrize("residual", [None, torch.randn(1, 8, 5, 5)])
 def test_cudnn_without_relu(residual):
     x, weight, bias = torch.randn(1, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.randn(8)
-    y = _cudnn.conv_bn_act(x, weight, bias, *[None] * 4, 1e-5, [1, 1], [1, 1], [1, 1], 1, residual, False)
+    call = Call(x, weight, bias, *[None] * 4, 1e-5, [1, 1], [1, 1], [1, 1], 1, residual, False)
+    y = cudnn.plan(call, None)(call)
     expected = F.conv2d(x, weight, bias, padding=1)
     torch.testing.assert_close(y, expected if residual is None else expected + residual)

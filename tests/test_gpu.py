@@ -10,11 +10,13 @@ from test_papers import assert_follows_eager
 from torch import nn
 
 import resnet_fused
-from resnet_fused import _cuda, _registry, _store, _trust, _tuned, testing
-from resnet_fused._triton import batch_norm_train
+from resnet_fused import testing
+from resnet_fused.backends.cuda import kernels as cuda_kernels
+from resnet_fused.backends.triton import batch_norm_train
+from resnet_fused.dispatch import compare, plans, registry, speed, store, trust
 from resnet_fused.models import get_model
 from resnet_fused.models.weights import TORCHVISION_ENUMS
-from resnet_fused.ops.conv_bn_act import backends, reference
+from resnet_fused.ops.conv_bn_act import Call
 from resnet_fused.testing import CASES, DTYPES, LAYOUTS, Case, check, make_inputs
 from resnet_fused.train import Settings
 from resnet_fused.train import loop as train_loop
@@ -40,7 +42,7 @@ def _settings(request, monkeypatch):
 
 
 def force(backend):
-    reason = None if backend == "auto" else _registry.unavailable(backend, torch.device("cuda", 0))
+    reason = None if backend == "auto" else registry.unavailable(backend, torch.device("cuda", 0))
     if reason is not None:
         pytest.skip(reason)
     return resnet_fused.backend(backend)
@@ -49,9 +51,10 @@ def force(backend):
 def prefer(backend, monkeypatch):
     """The backend where it can serve, the others elsewhere: not every one has kernels for all layers of a model."""
     force(backend)
-    order = {name: (backend, *names) if backend in names else names for name, names in _registry._ORDER.items()}
-    monkeypatch.setattr(_registry, "_ORDER", order)
-    monkeypatch.setattr(backends, "_plans", {})
+    order = {name: (backend, *names) if backend in names else names for name, names in registry._ORDER.items()}
+    monkeypatch.setattr(registry, "_ORDER", order)
+    monkeypatch.setattr(plans, "kept", {})
+    monkeypatch.setattr(plans, "short", {})
 
 
 def served(case):
@@ -90,9 +93,9 @@ def test_every_tile_of_the_cuda_convolution(shape, kernel, stride, dilation, dty
         case = Case("tiles", "conv_bn_act", shape, kernel, options, frozenset({"residual", "bias"}))
         (x, weight, *bn), kwargs = make_inputs(case, dtype=dtype, device="cuda")
         pairs = ([options[k]] * 2 for k in ("stride", "padding", "dilation"))
-        args = (x, weight, kwargs["bias"], *bn, 1e-5, *pairs, 1, kwargs["residual"], True)
-        for config in backends.configs("cuda", args):
-            assert backends.compare("cuda", args, config, reference) is None, config
+        call = Call(x, weight, kwargs["bias"], *bn, 1e-5, *pairs, 1, kwargs["residual"], True)
+        for config in registry.implementation("cuda", call.op).configs(call):
+            assert compare("cuda", call, config) is None, config
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_training_twice_gives_the_same_bits(id, backend):
 @pytest.mark.parametrize("writer, reader", [("cuda", "triton"), ("triton", "cuda")])
 @pytest.mark.parametrize("C", [8, 10, 300])
 def test_masks_go_from_one_backend_to_the_other(C, writer, reader):
-    kernels = {"cuda": _cuda, "triton": batch_norm_train}
+    kernels = {"cuda": cuda_kernels, "triton": batch_norm_train}
     x, residual, dy = (torch.randn(2, C, 5, 3, device="cuda", dtype=torch.float16) for _ in range(3))
     x, residual, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual, dy))
     mean, var, nothing = torch.zeros(C, device="cuda"), torch.ones(C, device="cuda"), (None,) * 5
@@ -270,8 +273,8 @@ def test_graphed_replays_what_the_model_computes():
 
 
 def test_an_unchecked_kernel_is_eager_inside_a_capture(monkeypatch, tmp_path):
-    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
-    _trust.forget()
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
+    trust.forget()
     case = next(c for c in CASES if c.id == "bn-two-bn-join")
     args, kwargs = make_inputs(case, dtype=torch.float32, device="cuda")
     with resnet_fused.backend("eager"):
@@ -284,14 +287,14 @@ def test_an_unchecked_kernel_is_eager_inside_a_capture(monkeypatch, tmp_path):
 
 
 def test_tune_times_every_layer_and_its_winners_are_right(monkeypatch, tmp_path):
-    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
-    _tuned.forget()
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
+    speed.forget()
     ours, theirs = (m.to(DEVICE) for m in twins())
     x = torch.randn(2, 3, 33, 35, device=DEVICE)
     found = resnet_fused.tune(ours, x)
     assert len(found) > 6 and all(entry["candidates"] > 1 for entry in found.values())
     assert_same(ours, theirs, "auto")
-    _tuned.forget()
+    speed.forget()
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

@@ -1,6 +1,7 @@
-"""models -> layers -> ops -> _registry -> backends: nothing imports to the left."""
+"""models -> layers -> ops -> dispatch -> backends: nothing imports to the left; backends have names below ops."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,24 +18,41 @@ RANKS = [
     {"testing", "explain", "tune"},
     {"graphs"},
     {"models"},
-    {"layers"},
+    {"layers", "fetch"},
     {"ops"},
-    {"_registry"},
-    {"_trust", "_tuned"},
-    {"_cudnn"},  # folds BN with a Triton kernel
-    {"_cuda", "_triton", "_onednn"},
+    {"dispatch"},
+    {"backends"},
 ]
-STANDALONE = {"_version", "_store", "fetch"}  # import nothing of the package but each other
+STANDALONE = {"_version"}  # imports nothing of the package
+NAMES = {"triton", "cudnn", "onednn", "eager"}  # "cuda" is PyTorch's name of a device, too
+VERSIONS = {"cli.py", "bench/report.py"}  # say which version of triton and cudnn there is
 
 
 def rank(part: str) -> int:
     return next(i for i, names in enumerate(RANKS) if part in names)
 
 
+def at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker sees."""
+    yield tree
+    if not (isinstance(tree, ast.If) and getattr(tree.test, "id", None) == "TYPE_CHECKING"):
+        for child in ast.iter_child_nodes(tree):
+            yield from at_run_time(child)
+
+
+def backends_named(source: str) -> set[str]:
+    """The backends that code, not documentation, names."""
+    nodes = list(ast.walk(ast.parse(source)))
+    found = {n.value for n in nodes if isinstance(n, ast.Constant) and n.value in NAMES}
+    modules = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    modules += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    return found | {part for m in modules for part in m.split(".") if part in NAMES or "backends" in m.split(".")}
+
+
 def imported_parts(source: str, depth: int) -> set[str]:
     """First-level parts of the package that a module `depth` folders down imports."""
     parts = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in at_run_time(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("resnet_fused")):
             if node.level and node.level <= depth:
                 continue  # inside its own folder
@@ -59,14 +77,28 @@ def test_nothing_imports_to_the_left(path):
     assert not violations(part, path.read_text(), len(relative.parts) - 1)
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_backends_have_names_in_dispatch_and_backends_alone(path):
+    relative = path.relative_to(PACKAGE)
+    if relative.parts[0] not in ("dispatch", "backends") and str(relative) not in VERSIONS:
+        assert not backends_named(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "source", ['if name == "triton":\n    pass', "from ..backends import cuda", "from .backends.cuda import kernels"]
+)
+def test_a_backend_by_name_is_caught(source):
+    assert backends_named(source)
+
+
 @pytest.mark.parametrize(
     "part, source, depth",
     [
-        ("_registry", "from .ops import conv_bn_act", 0),
+        ("dispatch", "from ..ops import conv_bn_act", 1),
         ("ops", "from ..layers import run", 1),
-        ("_triton", "from .. import _registry", 1),
+        ("backends", "from ...dispatch import registry", 2),
         ("layers", "import resnet_fused.models", 0),
-        ("fetch", "from . import _registry", 0),
+        ("fetch", "from . import models", 0),
     ],
 )
 def test_an_arrow_turned_round_is_caught(part, source, depth):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import resnet_fused
-from resnet_fused import _registry
+from resnet_fused.dispatch import registry
 
 X = torch.randn(2, 3, 33, 35, generator=torch.Generator().manual_seed(0))
 FUSED = ["triton"]
@@ -282,8 +282,8 @@ def test_a_float32_block_input_under_autocast(backend, mode):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_function_transforms_take_pytorchs_operators(mode, monkeypatch):
     ours, theirs = twins(norm_layer=lambda c: nn.BatchNorm2d(c, track_running_stats=mode == "eval"))
-    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
-    monkeypatch.setattr(_registry, "_ORDER", dict.fromkeys(_registry._ORDER, ("triton",)))
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(registry, "_ORDER", dict.fromkeys(registry._ORDER, ("triton",)))
     found = []
     for model in (ours, theirs):
         block = getattr(model, mode)().layer2

@@ -10,12 +10,13 @@ import torchvision
 from torch import nn
 
 import resnet_fused
-from resnet_fused import BackendUnavailable, _onednn, ops, testing
+from resnet_fused import BackendUnavailable, ops, testing
+from resnet_fused.backends.onednn import conv_bn_act as onednn
 from resnet_fused.testing import CASES, DTYPES, LAYOUTS, Case, check, make_inputs
 
 CONVS = [case for case in CASES if case.op == "conv_bn_act" and not case.large]
 JOIN = next(case for case in CONVS if case.id == "conv-3x3-join")
-SERVED = [dtype for dtype in DTYPES if _onednn.unsupported(dtype) is None]
+SERVED = [dtype for dtype in DTYPES if onednn.dtype_unsupported(dtype) is None]
 X = torch.randn(2, 3, 48, 40, generator=torch.Generator().manual_seed(0))
 ids = {"ids": lambda v: v.id if isinstance(v, Case) else str(v).removeprefix("torch.")}
 
@@ -30,8 +31,8 @@ def _onednn_without_gradients():
 @pytest.fixture
 def folds(monkeypatch):
     """A list that grows by one whenever BN is folded."""
-    calls, fold = [], _onednn._fold
-    monkeypatch.setattr(_onednn, "_fold", lambda *args: calls.append(args) or fold(*args))
+    calls, fold = [], onednn._fold
+    monkeypatch.setattr(onednn, "_fold", lambda *args: calls.append(args) or fold(*args))
     return calls
 
 
@@ -217,10 +218,10 @@ def test_a_change_of_dtype_is_seen():
 
 def test_bn_is_folded_once_and_the_copy_dies_with_the_model(folds):
     gc.collect()
-    before = len(_onednn._cache)
+    before = len(onednn._cache)
     model = trained()
     model(X), model(X), copy.deepcopy(model)
-    assert len(folds) == 20 and len(_onednn._cache) == before + 20
+    assert len(folds) == 20 and len(onednn._cache) == before + 20
     with torch.inference_mode():
         model(X)
     assert len(folds) == 20
@@ -230,7 +231,7 @@ def test_bn_is_folded_once_and_the_copy_dies_with_the_model(folds):
     del model
     folds.clear()
     gc.collect()
-    assert len(_onednn._cache) == before
+    assert len(onednn._cache) == before
 
 
 @pytest.mark.skipif(torch.bfloat16 not in SERVED, reason="oneDNN has no bfloat16 on this CPU")
@@ -248,7 +249,7 @@ def test_copies_for_other_shapes_are_bounded(folds):
         y = ops.conv_bn_act(x[:n], *operands, residual=residual[:n], **kwargs)
         torch.testing.assert_close(y[-1], y[0])
     assert len(folds) == 7
-    assert len(_onednn._cache[operands[-1]].packed) == _onednn.SHAPES == 4
+    assert len(onednn._cache[operands[-1]].packed) == onednn.SHAPES == 4
 
 
 def test_one_weight_under_two_bns():

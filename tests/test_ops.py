@@ -145,7 +145,7 @@ def in_order(t, order):
     ids=lambda p: getattr(p, "id", p),
 )
 def test_opcheck_of_the_training_operators(case, order):
-    from resnet_fused.ops.batch_norm_act import steps
+    from resnet_fused.ops.batch_norm_act import calls as steps
 
     args, kwargs = testing.map_tensors(make_inputs(case, dtype=torch.float32), lambda t: in_order(t, order))
     x, weight, bias, mean, var = args

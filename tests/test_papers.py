@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fused
 from resnet_fused import cli, explain
+from resnet_fused.dispatch.numerics import largest
 from resnet_fused.layers import PadShortcut
 from resnet_fused.models import PreActBasicBlock, PreActBottleneck, PreActResNet, costs, get_model, list_models
-from resnet_fused.ops._numerics import largest
 
 NEW = list_models()[10:]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

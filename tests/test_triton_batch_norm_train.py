@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from resnet_fused import testing
-from resnet_fused._triton import batch_norm_act
-from resnet_fused._triton import batch_norm_train as train
-from resnet_fused._triton.batch_norm_train import tiles
+from resnet_fused.backends.triton import batch_norm_apply as batch_norm_act
+from resnet_fused.backends.triton import batch_norm_train as train
+from resnet_fused.backends.triton.batch_norm_train import tiles
 from resnet_fused.testing import DTYPES, largest
 
 KERNELS = SimpleNamespace(apply=batch_norm_act.apply, **{name: getattr(train, name) for name in train.__all__})

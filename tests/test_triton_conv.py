@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused.testing import CASES, DTYPES, LAYOUTS, Case, assert_within_budget, make_inputs, nan_filled_memory
 
-triton_conv = pytest.importorskip("resnet_fused._triton.conv_bn_act", reason="needs Triton", exc_type=ImportError)
+triton_conv = pytest.importorskip("resnet_fused.backends.triton.conv", reason="needs Triton", exc_type=ImportError)
 
 pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused import _registry, _store, _trust, ops, testing
-from resnet_fused.ops.batch_norm_act import steps
-from resnet_fused.ops.conv_bn_act import backends, reference
+from resnet_fused import ops, testing
+from resnet_fused.dispatch import plans, registry, store, trust
 from resnet_fused.testing import CASES, make_inputs
 
 CASE = next(c for c in CASES if c.id == "bn-join")
@@ -18,11 +17,11 @@ CASE = next(c for c in CASES if c.id == "bn-join")
 
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(_store, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(_registry, "_AUTO_DEVICES", ("cpu",))
-    _trust.forget()
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    trust.forget()
     yield
-    _trust.forget()
+    trust.forget()
 
 
 @pytest.fixture
@@ -30,14 +29,13 @@ def planted(monkeypatch):
     """A kernel that forgets the residual; counts its launches."""
     calls = []
 
-    def wrong(backend, x, *args):
-        calls.append(backend)
-        args = list(args)
-        args[5] = None
-        return launch(backend, x, *args)
+    def wrong(call, config):
+        run = plan(call._replace(residual=None), config)
+        return lambda call: calls.append("triton") or run(call._replace(residual=None))
 
-    launch = steps.launch
-    monkeypatch.setattr(steps, "launch", wrong)
+    triton = registry.implementation("triton", "batch_norm_act")
+    plan = triton.plan
+    monkeypatch.setattr(triton, "plan", wrong)
     return calls
 
 
@@ -66,8 +64,8 @@ def test_a_wrong_kernel_is_caught_once_and_named(planted, tmp_path):
 def test_the_verdict_is_remembered(tmp_path, monkeypatch):
     call()
     assert list(stored(tmp_path)[1]["entries"].values()) == [""]
-    _trust.forget()
-    monkeypatch.setattr(_trust, "_verdict", lambda *args: pytest.fail("checked again"))
+    trust.forget()
+    monkeypatch.setattr(trust, "_verdict", lambda *args: pytest.fail("checked again"))
     call()
 
 
@@ -81,7 +79,7 @@ def test_a_kernel_that_raises_is_disabled_too(monkeypatch):
     def broken(*args):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(steps, "launch", broken)
+    monkeypatch.setattr(registry.implementation("triton", "batch_norm_act"), "plan", broken)
     with pytest.warns(UserWarning, match="it raised RuntimeError: out of resource: shared memory"):
         y, expected = call()
     assert torch.equal(y, expected)
@@ -94,7 +92,7 @@ def test_a_damaged_or_foreign_file_is_a_warning(tmp_path, content):
     call()
     path, good = stored(tmp_path)
     path.write_text(content)
-    _trust.forget()
+    trust.forget()
     with pytest.warns(UserWarning, match="is left aside"):
         y, expected = call()
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
@@ -107,7 +105,7 @@ def test_another_versions_verdicts_do_not_count(tmp_path):
     content["environment"]["torch"] = "1.0"
     content["entries"] = dict.fromkeys(content["entries"], "planted")
     path.write_text(json.dumps(content))
-    _trust.forget()
+    trust.forget()
     with pytest.warns(UserWarning, match="it was written for .*'torch': '1.0'"):
         call()
     assert list(stored(tmp_path)[1]["entries"].values()) == [""]
@@ -129,7 +127,7 @@ def test_a_cuda_device_is_known_by_its_name_and_its_drivers_version(monkeypatch)
 def test_an_unwritable_folder_is_a_warning(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(_store, "cache_dir", lambda: blocked)
+    monkeypatch.setattr(store, "cache_dir", lambda: blocked)
     with pytest.warns(UserWarning, match="can't be written"):
         y, expected = call()
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
@@ -137,7 +135,7 @@ def test_an_unwritable_folder_is_a_warning(tmp_path, monkeypatch):
 
 def test_an_unchecked_kernel_inside_a_capture_gives_eagers_result(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(_trust, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(trust, "_on_gpu", lambda device: True)
     with pytest.warns(UserWarning, match="run the model once before capture"):
         y, expected = call()
     assert torch.equal(y, expected)
@@ -148,14 +146,13 @@ def conv_launches(monkeypatch):
     """The backends that convolutions are launched on; cuDNN is there, and checked like Triton."""
     launched = []
 
-    def launch(backend, args, config=None):
-        launched.append(backend)
-        positional, kwargs = backends.reference_arguments(args)
-        return reference(*positional, **kwargs)
+    def launching(backend):
+        return lambda call, config: lambda call: launched.append(backend) or call.reference()
 
-    monkeypatch.setattr(backends, "launch", launch)
-    monkeypatch.setattr(backends, "_plans", {})
-    monkeypatch.setitem(_registry._UNAVAILABLE, "cudnn", lambda *device: None)
+    for backend in ("cudnn", "triton"):
+        monkeypatch.setattr(registry.implementation(backend, "conv_bn_act"), "plan", launching(backend))
+    plans.forget()
+    monkeypatch.setitem(registry._UNAVAILABLE, "cudnn", lambda *device: None)
     return launched
 
 
@@ -169,22 +166,22 @@ def test_what_a_capture_chose_is_not_kept(conv_launches, monkeypatch):
         call_conv()  # checked, as Triton is not
     with monkeypatch.context() as capture, pytest.warns(UserWarning, match="run the model once before capture"):
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        capture.setattr(_trust, "_on_gpu", lambda device: True)
+        capture.setattr(trust, "_on_gpu", lambda device: True)
         call_conv()
     call_conv()
     assert conv_launches == ["cudnn", "cudnn", "cudnn", "triton", "triton"]  # the check and the call; captured; again
 
 
 def test_choices_are_kept_for_few_calls_and_for_one_setting_of_cudnn(conv_launches, monkeypatch):
-    monkeypatch.setattr(backends, "PLANS", 3)
+    monkeypatch.setattr(plans, "KEPT", 3)
     for width in range(1, 6):
         call_conv(width)
-    assert 0 < len(backends._plans) <= 3
-    backends._plans.clear()
+    assert 0 < len(plans.kept) <= 3
+    plans.forget()
     for enabled in (True, False, True):
         with torch.backends.cudnn.flags(enabled=enabled):
             call_conv()
-    assert len(backends._plans) == 2
+    assert len(plans.kept) == 2
 
 
 def test_the_check_leaves_random_numbers_alone():

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import _registry, models
+from .. import models
+from ..dispatch import registry
 from ..evaluation import Network, Samples, batches
 from ..evaluation.command import add_common_arguments, load
 from ..train.batches import Batch, make_source
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"device": str(device), "backend": args.backend}
-    with _registry.backend(args.backend):
+    with registry.backend(args.backend):
         for name in chosen:
             measured = _MEASURES[name](args, device)
             path = args.out / f"{name}.png"

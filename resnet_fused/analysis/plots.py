@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .._store import atomic_write
+from ..dispatch.store import atomic_write
 from .measures import Values
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _registry, models
+from .. import models
+from ..dispatch import registry
 from ..explain import explain
 from ..graphs import graphed
 from .report import Result
@@ -34,7 +35,7 @@ GRAPHED = ("torchvision-nhwc+graph", "torchvision-compile+graph", "resnet_fused+
 INFERENCE_ONLY = (*GRAPHED, "torchvision-max-autotune")
 TRAINING_ONLY = ("resnet_fused+activations", "resnet_fused+blocks")  # what `recompute` leaves out
 VARIANTS = (
-    *(*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in _registry.BACKENDS)),
+    *(*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in registry.BACKENDS)),
     *(*INFERENCE_ONLY, *TRAINING_ONLY),
 )
 
@@ -67,9 +68,9 @@ class Case:
         try:
             net, x = self._build(name), self.inputs[result.layout]
             if name in (INFERENCE_ONLY if self.trains else TRAINING_ONLY):
-                raise _registry.BackendUnavailable(f"the suite {'training' if self.trains else 'inference'} has none")
+                raise registry.BackendUnavailable(f"the suite {'training' if self.trains else 'inference'} has none")
             if name in GRAPHED and self.device.type != "cuda":
-                raise _registry.BackendUnavailable(f"CUDA graphs need a CUDA device, this is {self.device}")
+                raise registry.BackendUnavailable(f"CUDA graphs need a CUDA device, this is {self.device}")
             if name in COMPILED:
                 torch.compiler.reset()  # a size seen before would make the graph dynamic
                 net = torch.compile(net, dynamic=False, **COMPILED[name])
@@ -83,10 +84,10 @@ class Case:
                 del found  # gradients
                 result.peak_mib = peak_mib(call, held, self.device)
                 if isinstance(net, nn.Module) and name.startswith("resnet_fused"):
-                    with _registry.backend(backend), self.autocast():
+                    with registry.backend(backend), self.autocast():
                         result.ran = dict(Counter(entry for row in explain(net, x) for entry in row.ran))
         except Exception as error:  # whatever stops one variant, the others are still measured
-            absent = isinstance(error, _registry.BackendUnavailable) or name in COMPILED
+            absent = isinstance(error, registry.BackendUnavailable) or name in COMPILED
             result.status = "unavailable" if absent else "failed"
             result.reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return result, None
@@ -179,7 +180,7 @@ class Training(Case):
         scaler: torch.amp.GradScaler,
     ) -> Tensor:
         optimizer.zero_grad()
-        with _registry.backend(backend):
+        with registry.backend(backend):
             with self.autocast():
                 loss = F.cross_entropy(net(x), labels)
             scaler.scale(loss).backward()
@@ -199,7 +200,7 @@ def _labels(x: Tensor) -> Tensor:
 
 
 def _forward(net: nn.Module, x: Tensor, backend: str) -> Tensor:
-    with _registry.backend(backend):
+    with registry.backend(backend):
         return net(x)
 
 

@@ -8,9 +8,8 @@ from types import ModuleType
 
 import torch
 
-from .. import _registry
+from ..dispatch import registry
 from ..models.weights import TORCHVISION_ENUMS
-from ..ops.batch_norm_act import supported
 from .cases import SUITES, TORCHVISION, VARIANTS
 from .report import Report, conditions
 from .timing import Track, paired_ratios, silent, time_rounds
@@ -20,12 +19,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def default_variants(device: torch.device, suite: str = "inference") -> tuple[str, ...]:
     """torchvision's three, resnet_fused as it comes, and every further backend that is there and serves the suite."""
-    backends = [name for name in _registry.BACKENDS if _registry.unavailable(name, device) is None]
-    if device.type == "cpu":  # auto is eager already, and triton would be its interpreter
-        backends = [name for name in backends if name not in ("eager", "triton")]
+    backends = registry.apart_from_auto(device)
     if suite == "training":
-        image = torch.empty(1, 3, 1, 1, device="meta")
-        backends = [name for name in backends if name == "eager" or supported(name, image, ()) is None]
+        backends = [name for name in backends if registry.serves(name, "batch_norm_act")]
     return (*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in backends))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .._store import atomic_write, installed_version
 from .._version import __version__
+from ..dispatch.store import atomic_write, installed_version
 
 
 @dataclass

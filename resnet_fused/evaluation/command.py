@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import _registry, models
+from .. import models
+from ..dispatch import registry
 from ..train.recipes import DTYPES
 from .networks import Network
 from .scores import Result, Samples, evaluate
@@ -46,7 +47,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="N images, evenly out of the test split; default: all")
     parser.add_argument("--batch", type=int, default=64, help="images at a time; default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
-    parser.add_argument("--backend", choices=("auto", *_registry.BACKENDS), default=_registry.get_backend())
+    parser.add_argument("--backend", choices=("auto", *registry.BACKENDS), default=registry.get_backend())
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images; default: 4")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     if args.scales is not None:
         views = multi_scale(args.scales or SCALES)
     networks, samples = load(args, views)
-    with _registry.backend(args.backend):
+    with registry.backend(args.backend):
         result = evaluate(
             networks, samples, batch=args.batch, device=device, dtype=DTYPES[args.dtype], workers=args.workers
         )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from .. import _registry
+from ..dispatch import registry
 
 SHORT_SIDE, CROP = 256, 224
 SCALES = (224, 256, 384, 480, 640)  # He et al., https://arxiv.org/abs/1512.03385, section 3.4
@@ -78,7 +78,7 @@ def fully_convolutional(model: nn.Module, crop: int = CROP) -> nn.Module:
     window = []
     handle = model.avgpool.register_forward_pre_hook(lambda _, inputs: window.extend(inputs[0].shape[2:]))
     try:
-        with torch.no_grad(), _registry.backend("eager"):
+        with torch.no_grad(), registry.backend(registry.PLAIN):
             model(next(model.parameters()).new_empty(0, 3, crop, crop))
     finally:
         handle.remove()

@@ -1,5 +1,8 @@
 """Questions about a step's modules: whether they may be fused, which statistics a BN takes, over which processes."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,35 +41,102 @@ def group(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def batch_statistics(bn: nn.Module) -> bool:
-    return bn.training or bn.running_mean is None
+    return bn.training or tensor(bn, "running_mean") is None
 
 
 def statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that the call uses, as nn.BatchNorm2d decides: not those that are kept but not tracked."""
     if bn.training and not bn.track_running_stats:
         return None, None
-    return bn.running_mean, bn.running_var
+    return tensor(bn, "running_mean"), tensor(bn, "running_var")
+
+
+def tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer; `nn.Module` finds them three times as slowly."""
+    if not torch.compiler.is_compiling():
+        found = module._parameters
+        if name in found:
+            return found[name]
+        found = module._buffers
+        if name in found:
+            return found[name]
+    return getattr(module, name)
 
 
 def momentum(bn: nn.Module) -> float:
     """nn.BatchNorm2d's bookkeeping: counts the batch, and resolves momentum=None to the cumulative average."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not tape.replays:
-        bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
+            bn.num_batches_tracked.add_(1)
             momentum = 1.0 / float(bn.num_batches_tracked)
+        else:
+            counters.add(tensor(bn, "num_batches_tracked"))
     return momentum
 
 
+class Counters(threading.local):
+    """Counts batches: one by one, or those of a whole model at its end, as one operator."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] | None = None
+
+    def add(self, counter: Tensor) -> None:
+        if torch.compiler.is_compiling() or self._waiting is None:
+            counter.add_(1)
+        else:
+            self._waiting.append(counter)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._waiting is not None:
+            yield
+            return
+        self._waiting = []
+        try:
+            yield
+        finally:
+            waiting, self._waiting = self._waiting, None
+            if len(set(map(id, waiting))) < len(waiting):  # a module that ran twice
+                for counter in waiting:
+                    counter.add_(1)
+            elif waiting:
+                torch._foreach_add_(waiting, 1)
+
+
+counters = Counters()
+
+
 def needs_grad(bn: nn.Module) -> bool:
-    return torch.is_grad_enabled() and bn.weight is not None and (bn.weight.requires_grad or bn.bias.requires_grad)
+    if not torch.is_grad_enabled():
+        return False
+    weight, bias = tensor(bn, "weight"), tensor(bn, "bias")
+    return weight is not None and (weight.requires_grad or bias.requires_grad)
 
 
 def unfusable(step: Step) -> str | None:
     """Why the step's modules have to be called as they are, or None."""
+    conv, bn, act, _ = step
+    if (
+        (conv is None or type(conv) is nn.Conv2d and called_plainly(conv) is None and _pads_zeros(conv))
+        and (bn is None or type(bn) in _NORMS and called_plainly(bn) is None)
+        and (act is None or type(act) is nn.ReLU and called_plainly(act) is None)
+    ):
+        return None
+    return _reason(step)
+
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def _pads_zeros(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _reason(step: Step) -> str | None:
     kinds = (
         ("convolution", step.conv, (nn.Conv2d,)),
-        ("BN", step.bn, (nn.BatchNorm2d, nn.SyncBatchNorm)),
+        ("BN", step.bn, _NORMS),
         ("activation", step.act, (nn.ReLU,)),
     )
     for role, module, types in kinds:
@@ -78,7 +148,7 @@ def unfusable(step: Step) -> str | None:
         if reason is not None:
             return f"the {role} ({type(module).__name__}) {reason}"
     conv = step.conv
-    if conv is not None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+    if conv is not None and not _pads_zeros(conv):
         return f"the convolution pads by {conv.padding_mode!r}, {conv.padding!r}; numbers of zeros are fused"
     return None
 

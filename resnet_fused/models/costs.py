@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _registry
+from ..dispatch import registry
 from . import get_model, list_models
 from .weights import torchvision_models
 
@@ -28,7 +28,7 @@ def count(model: nn.Module, image_size: int) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(add)
-    with torch.no_grad(), _registry.backend("eager"):
+    with torch.no_grad(), registry.backend(registry.PLAIN):
         model(torch.empty(0, 3, image_size, image_size))  # no images: shapes alone, and faster than on meta
     return parameters, multiply_adds
 

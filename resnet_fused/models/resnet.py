@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..layers import PadShortcut, Recompute, Step, run
+from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .weights import WeightsArg, load_state_dict, resolve
 
@@ -182,7 +182,10 @@ class ResNet(nn.Module):
         return x if self.maxpool is None else self.maxpool(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward_impl(x)
+        if not self.training or torch.compiler.is_compiling():
+            return self._forward_impl(x)
+        with counters.together():
+            return self._forward_impl(x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)

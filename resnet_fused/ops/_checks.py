@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 ACTS = ("relu", "none")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what the fused kernels serve
 
 
 def image(name: str, x: Tensor) -> None:
@@ -39,16 +38,6 @@ def statistics(mean_name: str, mean: Tensor | None, var_name: str, var: Tensor |
 def act(value: str) -> None:
     if value not in ACTS:
         raise ValueError(f'act must be "relu" or "none", got {value!r}')
-
-
-def kernel_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...], uniform: bool) -> str | None:
-    """Why the fused kernels can't take these dtypes, or None; uniform: the BN vectors have to share one."""
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; the kernels serve float16, bfloat16 and float32"
-    dtypes = {v.dtype for v in vectors if v is not None}
-    if not dtypes <= {torch.float32, x.dtype} or (uniform and len(dtypes) > 1):
-        return f"the BN vectors are {sorted(map(str, dtypes))}; the kernels take all in float32 or all in {x.dtype}"
-    return None
 
 
 def transformed() -> str | None:

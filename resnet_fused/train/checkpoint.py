@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import models
-from .._store import atomic_write
+from ..dispatch.store import atomic_write
 
 NAME = "checkpoint.pt"
 _FORMAT = "resnet_fused run 1"

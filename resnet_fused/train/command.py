@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .. import _registry, models
+from .. import models
+from ..dispatch import registry
 from .recipes import DTYPES, RECIPES, Settings
 
 _DIED = ("DataLoader worker", "Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=int, metavar="N", help="iterations between checkpoints")
     parser.add_argument("--log-every", type=int, default=50, metavar="N", help="iterations a row; default: %(default)s")
     parser.add_argument("--device", help='"cpu" or "cuda"; default: a GPU where there is one')
-    parser.add_argument("--backend", choices=("auto", *_registry.BACKENDS), default=_registry.get_backend())
+    parser.add_argument("--backend", choices=("auto", *registry.BACKENDS), default=registry.get_backend())
     parser.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--recompute", choices=("activations", "blocks"), help="compute these again, not keep them")

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from .._store import atomic_write
+from ..dispatch.store import atomic_write
 
 TRAIN = ("step", "epoch", "lr", "loss", "error", "images_per_s")
 EVAL = ("step", "split", "loss", "error")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import _registry, models
+from .. import models
+from ..dispatch import registry
 from ..layers import Recompute
 from . import checkpoint, recipes
 from .batches import Batch, make_source
@@ -73,7 +74,7 @@ def train(
         FloatingPointError: the loss or a weight is not finite any more.
         OSError: the disk is full or not writable.
     """
-    with join(torch.device(device)) as (world, own_device), _registry.backend(backend):
+    with join(torch.device(device)) as (world, own_device), registry.backend(backend):
         run = _Run(settings, out, world, own_device, workers, compile, recompute)
         return run(resume)
 

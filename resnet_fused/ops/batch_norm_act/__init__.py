@@ -27,15 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _registry
+from ...dispatch import plans, registry
 from .. import _checks
-from . import steps
-from .steps import launch, supported
+from .._calls import BN, NO_BN
+from .._short import unwatched
+from . import calls, formulas
+from .calls import ApplyCall
+from .one_call import keyed, run, train
 from .tape import tape
+from .training import TrainingCall
 
-__all__ = ["batch_norm_act", "launch", "reference", "supported"]
+__all__ = ["batch_norm_act", "reference"]
 
-BN = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, bias, running_mean, running_var
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, bias, running_mean, running_var
 
 
 def reference(
@@ -46,7 +50,7 @@ def reference(
     running_var: Tensor | None,
     *,
     residual: Tensor | None = None,
-    residual_bn: BN | None = None,
+    residual_bn: Vectors | None = None,
     pre_add: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
@@ -66,13 +70,13 @@ def reference(
     return y if pre_add is None else (y, x)
 
 
-def _batch_norm(x: Tensor, bn: BN, training: bool, momentum: float, eps: float) -> Tensor:
+def _batch_norm(x: Tensor, bn: Vectors, training: bool, momentum: float, eps: float) -> Tensor:
     weight, bias, mean, var = bn
     return F.batch_norm(x, mean, var, weight, bias, training or mean is None, momentum, eps)
 
 
-_FUSED = (steps.statistics, steps.apply, steps.backward_sums, steps.backward_dx)
-_EAGER = (steps.eager_statistics, steps.eager_apply, steps.eager_sums, steps.eager_dx)
+_FUSED = (calls.statistics, calls.apply, calls.backward_sums, calls.backward_dx)
+_PLAIN = (formulas.statistics, formulas.apply, formulas.backward_sums, formulas.backward_dx)
 
 
 class _Options(NamedTuple):
@@ -87,7 +91,7 @@ class _Options(NamedTuple):
 def _statistics(o: _Options, x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean and variance [C] of the whole batch over every rank, its count [] (None: x's own), and x + pre_add."""
     fused = o.fused and x.numel() > 0  # a rank may have no images
-    mean, m2, total = (_FUSED if fused else _EAGER)[0](x, pre_add)
+    mean, m2, total = (_FUSED if fused else _PLAIN)[0](x, pre_add)
     own = x.numel() // x.shape[1]
     if o.group is None:
         return mean, m2 / own, None, total
@@ -112,7 +116,7 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, pre_add, o):
-        apply = (_FUSED if o.fused else _EAGER)[1]
+        apply = (_FUSED if o.fused else _PLAIN)[1]
         count, total, add = None, None, pre_add
         if o.batch_statistics:
             mean, var, count, total = tape.through(lambda: _statistics(o, x, pre_add))
@@ -142,7 +146,7 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx, dy, dtotal, *_):
         o, needs = ctx.o, ctx.needs_input_grad
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask, count = ctx.saved_tensors
-        sums, dx = (_FUSED if o.fused else _EAGER)[2:]
+        sums, dx = (_FUSED if o.fused else _PLAIN)[2:]
         dy = dy.contiguous(memory_format=torch.channels_last)
         common = (dy, z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
         sum_dz = sum_xhat = sum_rhat = None
@@ -178,19 +182,6 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-def _update(running_mean: Tensor | None, running_var: Tensor | None, mean, var, count, momentum: float) -> None:
-    """nn.BatchNorm2d's: the unbiased variance enters the running one."""
-    if running_mean is None or tape.replays:
-        return
-    correction = count / (count - 1)
-    with torch.no_grad():
-        for running, new in ((running_mean, mean), (running_var, var * correction)):
-            if running.dtype == new.dtype:
-                running.lerp_(new, momentum)
-            else:  # half-precision statistics are rounded once
-                running.copy_(running.to(new.dtype).lerp(new, momentum))
-
-
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -199,7 +190,7 @@ def batch_norm_act(
     running_var: Tensor | None,
     *,
     residual: Tensor | None = None,
-    residual_bn: BN | None = None,
+    residual_bn: Vectors | None = None,
     pre_add: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
@@ -229,10 +220,25 @@ def batch_norm_act(
         ValueError: an argument's shape, dtype or value is off; training on one value per channel.
         BackendUnavailable: a forced backend can't serve the call.
     """
+    if training and group is None and unwatched() and not tape.active:
+        call = TrainingCall(
+            *(x, weight, bias, running_mean, running_var, momentum, eps, residual),
+            *((None,) * 4 if residual_bn is None else residual_bn),
+            *(
+                residual_bn is not None,
+                pre_add,
+                act == "relu",
+                act == "relu" and residual is not None and residual_bn is None,
+            ),
+        )
+        key = (*keyed(call), act)
+        if (route := plans.short.get(key)) is not None:
+            return run(route, call)
+
     _checks.image("x", x)
     _checks.act(act)
-    bn2 = (None,) * 4 if residual_bn is None else residual_bn
-    _check_bn("", (weight, bias, running_mean, running_var), x)
+    bn, bn2 = BN(weight, bias, running_mean, running_var), BN(*residual_bn) if residual_bn is not None else NO_BN
+    _check_bn("", bn, x)
     if residual is not None:
         _checks.like("residual", residual, x.shape, x)
         _check_bn("residual_bn's ", bn2, x)
@@ -243,23 +249,23 @@ def batch_norm_act(
 
     batch_statistics = training or running_mean is None
     trains = batch_statistics or _checks.needs_grad((x, weight, bias, residual, pre_add, *bn2))
-    vectors = (weight, bias, running_mean, running_var, *bn2)
+    applied = ApplyCall(x, *bn, eps, residual, *bn2, pre_add, act == "relu", False)
 
     def serves(name: str) -> str | None:
-        if residual_bn is not None and (running_mean is None) != (bn2[2] is None):
+        if residual_bn is not None and (running_mean is None) != (bn2.mean is None):
             return "one BN has running statistics and the other has none"
         if x.numel() == 0 and batch_statistics and group is None:
             return "an empty batch has no statistics"
-        return _checks.transformed() or supported(name, x, vectors)
+        return _checks.transformed() or registry.unsupported(name, applied)
 
-    choice = _registry.choose("batch_norm_act", x.device, serves, "batch_norm")
-    fused = choice.backend != "eager"
+    choice = registry.choose("batch_norm_act", x.device, serves, applied.order())
+    fused = choice.backend != registry.PLAIN
     if not fused:
-        _registry.record("batch_norm_act", choice)
+        registry.record("batch_norm_act", choice)
         if group is None:
             if training and tape.replays:  # the running statistics have counted this batch: copies are updated
-                running_mean, running_var, *bn2 = _copies(running_mean, running_var, *bn2)
-                residual_bn = residual_bn and tuple(bn2)
+                running_mean, running_var, *copies = _copies(running_mean, running_var, *bn2)
+                residual_bn = residual_bn and BN(*copies)
             inputs = dict(residual=residual, residual_bn=residual_bn, pre_add=pre_add)
             settings = dict(training=training, momentum=momentum, eps=eps, act=act)
             return reference(x, weight, bias, running_mean, running_var, **inputs, **settings)
@@ -267,16 +273,18 @@ def batch_norm_act(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
     if fused and not trains:
-        args = (x, weight, bias, running_mean, running_var, eps, residual, *bn2, pre_add, act == "relu", False)
-        y, _, total = steps.apply(*args)
+        y, _, total = calls.apply(*applied)
         return y if pre_add is None else (y, total)
+    if fused and training and group is None and unwatched() and not tape.active:
+        return train(key, call)
     options = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
-    args = (x, weight, bias, running_mean, running_var, residual, *bn2, pre_add, options)
+    args = (x, *bn, residual, *bn2, pre_add, options)
     y, total, mean, var, mean2, var2, count = _BatchNormAct.apply(*args)
     if training:
         count = x.numel() // x.shape[1] if count is None else count
-        _update(running_mean, running_var, mean, var, count, momentum)
-        _update(bn2[2], bn2[3], mean2, var2, count, momentum)
+        if not tape.replays:
+            formulas.update_running(running_mean, running_var, mean, var, count, momentum)
+            formulas.update_running(bn2.mean, bn2.var, mean2, var2, count, momentum)
     return y if pre_add is None else (y, total)
 
 
@@ -284,7 +292,7 @@ def _copies(*vectors: Tensor | None) -> list[Tensor | None]:
     return [v if v is None or v.requires_grad else v.clone() for v in vectors]
 
 
-def _check_bn(owner: str, bn: BN, x: Tensor) -> None:
+def _check_bn(owner: str, bn: Vectors, x: Tensor) -> None:
     for name, v in zip(("weight", "bias", "running_mean", "running_var"), bn, strict=True):
         _checks.vector(owner + name, v, x.shape[1], x)
     _checks.statistics(owner + "running_mean", bn[2], owner + "running_var", bn[3])

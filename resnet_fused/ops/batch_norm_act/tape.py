@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ... import _registry
+from ...dispatch import registry
 
 
 class Tape(threading.local):
@@ -42,7 +42,7 @@ class Tape(threading.local):
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Around a region's first run and around every recomputation, which takes the first run's backend."""
         entries: list[Any] = []
-        backend = _registry.get_backend()
+        backend = registry.get_backend()
         return self._recording(entries), _Reenterable(lambda: self._replaying(entries, backend))
 
     @contextmanager
@@ -58,7 +58,7 @@ class Tape(threading.local):
         before = self._entries, self._next
         self._entries, self._next = entries, 0
         try:
-            with _registry.backend(backend):
+            with registry.backend(backend):
                 yield
         finally:
             self._entries, self._next = before

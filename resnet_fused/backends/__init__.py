@@ -1,0 +1,13 @@
+"""What runs the operators: one folder a backend, in it one module an operator, each with the same four functions.
+
+`unsupported(call)` says why not, from metadata alone; `configs(call)` lists what may be chosen, the default first;
+`plan(call, config)` is all that follows from metadata alone, as a function of a call; `kernel_class(call, config)`
+names the compiled kernel with every constant of it, or is None where nothing has to be checked. A fifth, `split(call)`,
+is for backends that need several kernels for some calls. A folder says whether its backend is there (`unavailable`),
+what it lacks (`lacks`), and why it could not be imported (`IMPORT_ERROR`).
+"""
+
+CONVOLUTIONS_ONLY = (
+    "{name} serves convolutions, and BN behind them, in eval mode without gradients only: call it under "
+    "torch.no_grad(), and pre-activation networks, whose BN comes first, with another backend"
+)

@@ -1,0 +1,125 @@
+"""What the backends of `batch_norm_act` share: its steps, each made of one backend's launchers."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .conv import vectors_unsupported
+from .layout import dense_call, filled, is_dense
+
+if TYPE_CHECKING:
+    from ..ops.batch_norm_act.calls import StepCall
+
+Planner = Callable[..., Callable[..., tuple[Tensor, ...]]]  # arguments -> a launcher for all like them
+
+
+def unsupported(call: "StepCall") -> str | None:
+    """Why the kernels can't take these dtypes, or None."""
+    return vectors_unsupported(call[0], call.vectors())
+
+
+def kernel_class(call: "StepCall") -> str:
+    """Calls that run the same compiled kernel share a class."""
+    x = call[0]
+    given = "".join(
+        "-" if a is None else str(a.dtype)[6] if isinstance(a, Tensor) else str(a)[0] if isinstance(a, bool) else ""
+        for a in call
+    )
+    return f"{x.dtype}/C{min(x.shape[1], 256)}/{x.shape[1] % 16}/{given}"
+
+
+def plan(call: "StepCall", planners: dict[str, Planner]) -> Callable[["StepCall"], tuple[Tensor, ...]]:
+    """The step that the call is of, with every tensor made dense."""
+    copies = not all(map(is_dense, call))
+    call = dense_call(call)
+    if call.step in ("training", "backward"):
+        run_call = {"training": _training, "backward": _backward}[call.step](call, planners)
+        return (lambda call: run_call(dense_call(call))) if copies else run_call
+    run = _apply(call, planners) if call.step == "apply" else planners[call.step](*call)
+
+    def run_step(call: "StepCall") -> tuple[Tensor, ...]:
+        call = dense_call(call) if copies else call
+        return filled(run(*call), call.mean if call.step == "backward_sums" else call[0])
+
+    return run_step
+
+
+def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., tuple[Tensor, ...]]:
+    """y, the ReLU's mask and x + pre_add, of which the last two may have no elements."""
+    if not call.save_mask:
+        one_pass = planners["apply"](*call[:-1])
+
+        def run(*args):
+            y, total = one_pass(*args[:-1])
+            return y, y.new_empty(0, dtype=torch.uint8), total
+
+        return run
+    with_mask = planners["apply_with_mask"](*call[:7])
+
+    def run_with_mask(x, weight, bias, mean, var, eps, residual, *rest):
+        pre_add = rest[4]
+        total = None if pre_add is None else x + pre_add
+        return *with_mask(x if total is None else total, weight, bias, mean, var, eps, residual), total
+
+    return run_with_mask
+
+
+def _training(call: Any, planners: dict[str, Planner]) -> Callable[[Any], tuple[Tensor, ...]]:
+    """Statistics, running statistics and the pass that normalises."""
+    updates = "batch_statistics" in planners
+    whole = planners["batch_statistics"] if updates else partial(_batch_statistics, planners)
+    statistics = whole(call.x, call.pre_add, call.running_mean, call.running_var)
+    statistics2 = whole(call.residual, None, *call[10:12]) if call.two_bn else None
+    save_mask, eps, relu = call.save_mask, call.eps, call.relu
+    if save_mask:
+        one_pass = planners["apply_with_mask"](call.x, *call[1:3], None, None, eps, call.residual)
+    else:
+        one_pass = planners["apply"](call.x, *call[1:3], None, None, eps, *call[7:10], None, None, None, relu)
+
+    def run(call: Any) -> tuple[Tensor, ...]:
+        x, weight, bias, running_mean, running_var, momentum, _, residual, weight2, bias2, *running2, _, pre_add = call[
+            :14
+        ]
+        mean, var, total = statistics(x, pre_add, running_mean, running_var, momentum)
+        mean2 = var2 = None
+        if statistics2 is not None:
+            mean2, var2, _ = statistics2(residual, None, *running2, momentum)
+        if not updates:
+            call.update_running(mean, var, mean2, var2)
+        z = x if pre_add is None else total
+        if save_mask:
+            y, mask = one_pass(z, weight, bias, mean, var, eps, residual)
+        else:
+            y, _ = one_pass(z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, None, relu)
+            mask = None
+        return y, mask, total, mean, var, mean2, var2
+
+    return run
+
+
+def _batch_statistics(planners: dict[str, Planner], x, pre_add, running_mean, running_var):
+    """mean, var and x + pre_add of a backend that leaves the running statistics to PyTorch."""
+    statistics, count = planners["statistics"](x, pre_add), x.numel() // x.shape[1]
+
+    def run(x, pre_add, running_mean, running_var, momentum):
+        mean, m2, total = statistics(x, pre_add)
+        return mean, m2.div_(count), total
+
+    return run
+
+
+def _backward(call: Any, planners: dict[str, Planner]) -> Callable[[Any], tuple[Tensor, ...]]:
+    sums = planners["backward_sums"](*call[:14])
+    two, rest = call.residual_mean is not None, call[14:]
+    gradients = planners["backward_dx"](*call[:14], None, None, None, None, *rest)
+
+    def run(call: Any) -> tuple[Tensor, ...]:
+        common, rest = call[:14], call[14:]
+        sum_dz, sum_xhat, sum_rhat = sums(*common)
+        dx, dresidual = gradients(*common, sum_dz, sum_xhat, sum_rhat if two else None, None, *rest)
+        return dx, dresidual, sum_dz, sum_xhat, sum_rhat
+
+    return run

@@ -1,0 +1,41 @@
+"""The operators behind `batch_norm_act` in Triton."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import batch_norm
+from .batch_norm_apply import plan_apply
+from .batch_norm_train import (
+    plan_apply_with_mask,
+    plan_backward_dx,
+    plan_backward_sums,
+    plan_batch_statistics,
+    plan_statistics,
+)
+
+if TYPE_CHECKING:
+    from ...ops.batch_norm_act.calls import StepCall
+
+PLANNERS: dict[str, batch_norm.Planner] = {
+    "statistics": plan_statistics,
+    "batch_statistics": plan_batch_statistics,
+    "apply": plan_apply,
+    "apply_with_mask": plan_apply_with_mask,
+    "backward_sums": plan_backward_sums,
+    "backward_dx": plan_backward_dx,
+}
+unsupported = batch_norm.unsupported
+
+
+def configs(call: "StepCall") -> list[None]:
+    return [None]
+
+
+def kernel_class(call: "StepCall", config: None) -> str:
+    return batch_norm.kernel_class(call)
+
+
+def plan(call: "StepCall", config: None) -> Callable[["StepCall"], tuple[Tensor, ...]]:
+    return batch_norm.plan(call, PLANNERS)

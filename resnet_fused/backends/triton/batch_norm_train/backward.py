@@ -1,0 +1,317 @@
+"""Backward of BN + residual add + ReLU: one pass for the sums, one for the images' gradients."""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...layout import filled
+from ..common import round_to
+from ..launch import Launch
+from .tiles import load_bn, merge_tiling, place, tiling, unpack_bits
+
+
+@triton.jit
+def load_tile(
+    dy,
+    z,
+    residual,
+    relu_mask,
+    bn,  # of load_bn, as the next
+    bn2,
+    first_row,  # 64-bit: M * C may pass 2^31
+    block,
+    M,
+    C,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dz, z - mean, residual - mean2 (where there is one), and where the tile lies."""
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.arange(0, BLOCK_M)
+    in_rows = (row < M - first_row)[:, None]
+    mask = in_rows & (c < C)[None, :]
+    base = first_row * C
+    offset = row[:, None] * C + c[None, :]
+
+    dz = tl.load(dy + base + offset, mask, other=0.0).to(tl.float32)
+    centered = tl.load(z + base + offset, mask, other=0.0).to(tl.float32) - bn[0]
+    centered2 = centered
+    if residual is not None:
+        centered2 = tl.load(residual + base + offset, mask, other=0.0).to(tl.float32)
+        if bn2 is not None:
+            centered2 -= bn2[0]
+    if RELU:
+        if relu_mask is not None:
+            width = tl.cdiv(C, 8)
+            byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+            at = row[:, None] * width + byte[None, :]
+            packed = tl.load(relu_mask + first_row * width + at, in_rows & (byte < width)[None, :], other=0)
+            dz = tl.where(unpack_bits(packed, BLOCK_M, BLOCK_C), dz, 0.0)
+        else:
+            pre_activation = centered * bn[2] + bn[3]
+            if bn2 is not None:
+                pre_activation += centered2 * bn2[2] + bn2[3]
+            elif residual is not None:
+                pre_activation += centered2
+            dz = tl.where(pre_activation <= 0, 0.0, dz)  # NaN passes
+    return dz, centered, centered2, base, offset, mask
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def sums_kernel(
+    dy,  # [M, C], M = N * H * W
+    z,  # [M, C]
+    weight,  # [C] or None, as the next
+    bias,
+    mean,  # [C]
+    var,  # [C]
+    residual,  # [M, C] or None
+    residual_weight,  # [C] or None, as the next three
+    residual_bias,
+    residual_mean,
+    residual_var,
+    relu_mask,  # [M, ceil(C / 8)] uint8 or None
+    partial,  # [splits, C]: of dz
+    partial_xhat,  # [splits, C]: of dz * xhat
+    partial_rhat,  # [splits, C] or None: of dz * rhat
+    M,
+    C,
+    tiles,
+    eps,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    block, split = place(C, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    bn = load_bn(weight, bias, mean, var, c, c < C, eps)
+    bn2 = None
+    if residual_mean is not None:
+        bn2 = load_bn(residual_weight, residual_bias, residual_mean, residual_var, c, c < C, eps)
+
+    first_row = split.to(tl.int64) * tiles * BLOCK_M
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_rhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for _ in tl.range(tl.minimum(tl.cdiv(M - first_row, BLOCK_M), tiles).to(tl.int32), num_stages=3):
+        dz, centered, centered2, _, _, _ = load_tile(
+            dy, z, residual, relu_mask, bn, bn2, first_row, block, M, C, RELU, BLOCK_M, BLOCK_C
+        )
+        sum_dz += dz
+        sum_xhat += dz * centered
+        if bn2 is not None:
+            sum_rhat += dz * centered2
+        first_row += BLOCK_M
+
+    at = split * C + c
+    tl.store(partial + at, tl.sum(sum_dz, 0), c < C)
+    tl.store(partial_xhat + at, tl.sum(sum_xhat * bn[1], 0), c < C)
+    if bn2 is not None:
+        tl.store(partial_rhat + at, tl.sum(sum_rhat * bn2[1], 0), c < C)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    partial,  # [splits, C], as the next
+    partial_xhat,
+    partial_rhat,  # or None
+    sum_dz,  # [C], as the next
+    sum_xhat,
+    sum_rhat,
+    C,
+    splits,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.arange(0, SPLITS)
+    mask = (split < splits)[:, None] & (c < C)[None, :]
+    at = split[:, None] * C + c[None, :]
+    tl.store(sum_dz + c, tl.sum(tl.load(partial + at, mask, other=0.0), 0), c < C)
+    tl.store(sum_xhat + c, tl.sum(tl.load(partial_xhat + at, mask, other=0.0), 0), c < C)
+    if partial_rhat is not None:
+        tl.store(sum_rhat + c, tl.sum(tl.load(partial_rhat + at, mask, other=0.0), 0), c < C)
+
+
+@triton.jit
+def load_means(sum_dz, sum_hat, rstd, count, c, in_range):
+    """mean(dz) and rstd * mean(dz * xhat) in float32 [1, BLOCK_C]: what training subtracts."""
+    mean_dz = tl.div_rn(tl.load(sum_dz + c, in_range, other=0.0), count)
+    mean_hat = tl.div_rn(tl.load(sum_hat + c, in_range, other=0.0), count)
+    return mean_dz[None, :], mean_hat[None, :] * rstd
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def dx_kernel(
+    dy,  # [M, C], M = N * H * W
+    z,  # [M, C]
+    weight,  # [C] or None, as the next
+    bias,
+    mean,  # [C]
+    var,  # [C]
+    residual,  # [M, C] or None
+    residual_weight,  # [C] or None, as the next three
+    residual_bias,
+    residual_mean,
+    residual_var,
+    relu_mask,  # [M, ceil(C / 8)] uint8 or None
+    sum_dz,  # [C] or None
+    sum_xhat,  # [C], or None where the statistics were given
+    sum_rhat,  # [C], or None where the shortcut's statistics were given
+    count_tensor,  # [1], or None: it replaces count
+    dtotal,  # [M, C] or None
+    dx,  # [M, C] or None
+    dresidual,  # [M, C] or None
+    count,  # elements a channel
+    M,
+    C,
+    tiles,
+    eps,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    block, split = place(C, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    bn = load_bn(weight, bias, mean, var, c, c < C, eps)
+    bn2 = None
+    if residual_mean is not None:
+        bn2 = load_bn(residual_weight, residual_bias, residual_mean, residual_var, c, c < C, eps)
+    if count_tensor is not None:
+        count = tl.load(count_tensor)
+    if sum_xhat is not None:
+        means = load_means(sum_dz, sum_xhat, bn[1], count, c, c < C)
+    if sum_rhat is not None:
+        means2 = load_means(sum_dz, sum_rhat, bn2[1], count, c, c < C)
+
+    first_row = split.to(tl.int64) * tiles * BLOCK_M
+    for _ in tl.range(tl.minimum(tl.cdiv(M - first_row, BLOCK_M), tiles).to(tl.int32), num_stages=3):
+        dz, centered, centered2, base, offset, mask = load_tile(
+            dy, z, residual, relu_mask, bn, bn2, first_row, block, M, C, RELU, BLOCK_M, BLOCK_C
+        )
+        if dx is not None:
+            g = dz
+            if sum_xhat is not None:
+                g -= means[0] + centered * means[1]
+            g *= bn[2]
+            if dtotal is not None:
+                g += tl.load(dtotal + base + offset, mask, other=0.0).to(tl.float32)
+            tl.store(dx + base + offset, round_to(g, dx.dtype.element_ty), mask)
+        if dresidual is not None:
+            g2 = dz
+            if bn2 is not None:
+                if sum_rhat is not None:
+                    g2 -= means2[0] + centered2 * means2[1]
+                g2 *= bn2[2]
+            tl.store(dresidual + base + offset, round_to(g2, dresidual.dtype.element_ty), mask)
+        first_row += BLOCK_M
+
+
+def plan_backward_sums(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    relu_mask: Tensor | None,
+    relu: bool,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """`backward_sums` for all arguments of this metadata."""
+    N, C, H, W = dy.shape
+    M = N * H * W
+    two = residual_mean is not None
+    reads_residual = two or relu_mask is None
+    grid, splits, config = tiling(M, C, programs=4 if two else 7) if M else ((0,), 0, {})
+    gather = Launch(sums_kernel, grid, {"M": M, "C": C, "eps": eps, "RELU": relu, **config})
+    grid, config = merge_tiling(splits, C)
+    merge = Launch(merge_kernel, grid, {"C": C, "splits": splits, **config})
+
+    def run(dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu):
+        sum_dz = torch.empty(C, dtype=torch.float32, device=dy.device)
+        sums = (sum_dz, torch.empty_like(sum_dz), torch.empty_like(sum_dz) if two else None)
+        if M == 0:
+            return tuple(s if s is None else s.zero_() for s in sums)
+        partial = torch.empty((2 + two, splits, C), dtype=torch.float32, device=dy.device).unbind()
+        partial = partial if two else (*partial, None)
+        residual = residual if reads_residual else None
+        gather(dy, z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, relu_mask, *partial)
+        merge(*partial, *sums)
+        return sums
+
+    return run
+
+
+def backward_sums(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [C] over N, H and W of dz, dz * xhat and dz * rhat (of no elements where the residual has no BN), float32.
+
+    dz is dy where the ReLU's gradient passes: by `relu_mask` of `apply_with_mask`, or by the pre-activation computed
+    anew from z and the residual. With `relu_mask` a residual without BN may be None; images are dense channels_last
+    [N, C, H, W].
+    """
+    return filled(plan_backward_sums(*args)(*args), args[4])
+
+
+def plan_backward_dx(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    relu_mask: Tensor | None,
+    relu: bool,
+    sum_dz: Tensor | None,
+    sum_dz_xhat: Tensor | None,
+    sum_dz_rhat: Tensor | None,
+    count: Tensor | None,
+    dtotal: Tensor | None = None,
+    need_dx: bool = True,
+    need_dresidual: bool = False,
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """`backward_dx` for all arguments of this metadata."""
+    N, C, H, W = dy.shape
+    M = N * H * W
+    reads_residual = residual_mean is not None or relu_mask is None
+    grid, _, config = tiling(M, C, programs=8, max_tiles=16) if M else ((0,), 0, {})
+    launch = Launch(dx_kernel, grid, {"count": float(M), "M": M, "C": C, "eps": eps, "RELU": relu, **config})
+
+    def run(
+        dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu,
+        sum_dz, sum_xhat, sum_rhat, count, dtotal=None, need_dx=True, need_dresidual=False,
+    ):  # fmt: skip
+        dx = torch.empty_like(dy, memory_format=torch.channels_last) if need_dx else None
+        dresidual = torch.empty_like(dy, memory_format=torch.channels_last) if need_dresidual else None
+        if M and (need_dx or need_dresidual):
+            residual = residual if reads_residual else None
+            bn = (weight, bias, mean, var, residual, weight2, bias2, mean2, var2)
+            launch(dy, z, *bn, relu_mask, sum_dz, sum_xhat, sum_rhat, count, dtotal, dx, dresidual)
+        return dx, dresidual
+
+    return run
+
+
+def backward_dx(*args) -> tuple[Tensor, Tensor]:
+    """dx = s * (dz - sum_dz / count - xhat * sum_dz_xhat / count) (+ dtotal), and the residual's gradient.
+
+    s * dz where `sum_dz_xhat` is None: the statistics were given; `sum_dz_rhat` says the same of the shortcut's BN. The
+    residual's gradient is dz, or has dx's form where the shortcut has a BN. One that is not needed has no elements.
+    `count`, one float32 element, is the number of elements a channel behind the statistics; None: that of dy.
+    """
+    return filled(plan_backward_dx(*args)(*args), args[0])

@@ -1,0 +1,77 @@
+"""Launching a compiled kernel without Triton's own look-up, which costs more than all else of a launch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Launch:
+    """A kernel on one grid with every argument but its tensors.
+
+    The first launch goes through Triton, which compiles for these numbers and for pointers that are multiples of 16;
+    the kernel is kept and later launches are direct. Those of other pointers, and all in the interpreter or under
+    launch hooks, go through Triton again. What tensors are given, and their dtypes, must not change from call to call.
+    """
+
+    __slots__ = ("_kernel", "_grid", "_names", "_rest", "_device", "_direct")
+
+    def __init__(self, kernel: Any, grid: Sequence[int], rest: dict[str, Any]) -> None:
+        """rest: by name, the kernel's last parameters and Triton's num_warps and num_stages."""
+        self._kernel, self._names = kernel, rest
+        self._grid = (*grid, 1, 1)[:3]
+        self._rest = tuple(rest[name] for name in kernel.arg_names if name in rest)
+        self._device: int | None = None
+        self._direct: CompiledKernel | None = None
+
+    def __call__(self, *tensors: Tensor | TensorDescriptor | None, numbers: tuple[float, ...] = ()) -> None:
+        """numbers: what changes from call to call, behind the tensors."""
+        direct = self._direct
+        runtime = knobs.runtime
+        if direct is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+            return self._through_triton(tensors, numbers)
+        for t in tensors:
+            if t is not None and t.__class__ is not TensorDescriptor and t.data_ptr() & 15:
+                return self._through_triton(tensors, numbers)
+        active = driver.active
+        device = active.get_current_device()
+        if device != self._device:
+            with torch.cuda.device(self._device):
+                return self(*tensors, numbers=numbers)
+        stream = active.get_current_stream(device)
+        x, y, z = self._grid
+        arguments = (*tensors, *numbers, *self._rest)
+        direct.run(x, y, z, stream, direct.function, direct.packed_metadata, None, None, None, *arguments)
+
+    def _through_triton(
+        self, tensors: tuple[Tensor | TensorDescriptor | None, ...], numbers: tuple[float, ...]
+    ) -> None:
+        pointers = [t.base if isinstance(t, TensorDescriptor) else t for t in tensors if t is not None]
+        with torch.cuda.device_of(pointers[0]):
+            compiled = self._kernel[self._grid](*tensors, *numbers, **self._names)
+            if isinstance(compiled, CompiledKernel) and not any(t.data_ptr() % 16 for t in pointers):
+                if not self._kernel.pre_run_hooks:
+                    self._device, self._direct = driver.active.get_current_device(), compiled
+
+
+def _hooked(hook: Any) -> bool:
+    return bool(getattr(hook, "calls", hook))  # a chain of hooks, or None
+
+
+class Described:
+    """Tensor descriptors of one form; Triton's constructor checks the form again for every tensor."""
+
+    def __init__(self, example: Tensor, shape: Sequence[int], block_shape: Sequence[int]) -> None:
+        self._fields = dict(vars(TensorDescriptor(example, list(shape), [shape[1], 1], list(block_shape))))
+        del self._fields["base"]  # not to be kept alive
+
+    def __call__(self, base: Tensor) -> TensorDescriptor:
+        """base: at a multiple of 16 bytes."""
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self._fields, base=base)
+        return descriptor

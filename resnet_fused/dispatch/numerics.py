@@ -1,0 +1,121 @@
+"""The error budget: what a kernel's numbers are held against, in tests and before its first use.
+
+The oracle is the reference in float64. A result passes when its error, the largest absolute difference, is at most
+twice that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24 times the
+same formula on absolute values.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
+    """The nested tuples and dicts of arguments with f applied to every tensor."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, f) for k, v in value.items()}
+    return tuple(map_tensors(v, f) for v in value) if isinstance(value, tuple) else value
+
+
+def absolute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which a reference computes its formula on absolute values: |s| * (|z| + |mean|) + |bias| + |r|.
+
+    The last four of args and kwargs["residual_bn"] are BN's weight, bias, mean and variance.
+    """
+    args, kwargs = map_tensors((args, kwargs), Tensor.abs)
+
+    def negate_mean(bn: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*bn[:2], None if bn[2] is None else -bn[2], bn[3])
+
+    if kwargs.get("residual_bn") is not None:
+        kwargs["residual_bn"] = negate_mean(kwargs["residual_bn"])
+    return (*args[:-4], *negate_mean(args[-4:])), kwargs
+
+
+class Limit(NamedTuple):
+    """What one result of a call is held against."""
+
+    oracle: Tensor  # in float64
+    plain: Tensor  # by PyTorch in the call's own dtypes
+    budget: float
+
+
+def limit(oracle: Tensor, plain: Tensor, magnitude: Tensor) -> Limit:
+    rounding = torch.finfo(plain.dtype).eps / 2 * largest(oracle)
+    budget = 2 * largest(plain.double() - oracle) + rounding + 2**-24 * largest(magnitude)
+    return Limit(oracle, plain, budget)
+
+
+def limits(reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Limit]:
+    """For every result of reference(*args, **kwargs)."""
+    double = map_tensors((args, kwargs), Tensor.double)
+    oracles = as_tuple(reference(*double[0], **double[1]))
+    plains = as_tuple(reference(*args, **kwargs))
+    absolute_args, absolute_kwargs = absolute(*double)
+    magnitudes = as_tuple(reference(*absolute_args, **absolute_kwargs))
+    yield from map(limit, oracles, plains, magnitudes)
+
+
+def call_limits(call: Any) -> Iterator[Limit]:
+    """For every result of an operator's call, by its own `reference` and `magnitudes`."""
+    double = type(call)(*(_double(a) if isinstance(a, Tensor) else a for a in call))
+    oracles, magnitudes = as_tuple(double.reference()), as_tuple(double.magnitudes())
+    for oracle, plain, magnitude in zip(oracles, as_tuple(call.reference()), magnitudes, strict=True):
+        yield limit(oracle, plain, magnitude) if plain.is_floating_point() else Limit(plain, plain, 0.0)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def wrong(results: tuple[Tensor, ...], limits: Iterable[Limit]) -> str | None:
+    """What is wrong with the results of a call, or None where all are within the budget."""
+    for i, (result, (oracle, plain, budget)) in enumerate(zip(results, limits, strict=True)):
+        if result is None and oracle.numel() == 0:
+            continue
+        if result.shape != oracle.shape or result.dtype != plain.dtype:
+            return f"result {i} is {result.dtype} {tuple(result.shape)}, not {plain.dtype} {tuple(oracle.shape)}"
+        if not plain.is_floating_point():  # the ReLU's mask: pre-activations near 0 may round to either side
+            flipped = int((result != plain).sum())
+            if flipped > 0.01 * result.numel():
+                return f"result {i} differs in {flipped} of {result.numel()} bytes"
+            continue
+        error = largest(result.double() - oracle)
+        if not error <= budget:  # NaN is not
+            return f"result {i} is off by {error:.3g}, the budget is {budget:.3g}"
+    return None
+
+
+class Draw:
+    """Random tensors like given ones, of at most two images; the caller's random state is left alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def like(self, t: Tensor, *, positive: bool = False, images: bool = True, scale: float = 1.0) -> Tensor:
+        shape = (min(t.shape[0], 2), *t.shape[1:]) if t.dim() == 4 and images else t.shape
+        values = torch.randn(shape, generator=self.generator, device=t.device) * scale
+        values = (values.tanh() / 2 + 1 if positive else values).to(t.dtype)
+        channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        return values.contiguous(memory_format=torch.channels_last) if channels_last else values
+
+    def bits(self, shape: tuple[int, ...]) -> Tensor:
+        """Random bytes."""
+        return torch.randint(256, shape, generator=self.generator, device=self.generator.device, dtype=torch.uint8)
+
+
+def dense(t: Tensor) -> Tensor:
+    """t as the kernels read it: images in channels_last, vectors contiguous."""
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)

@@ -1,0 +1,49 @@
+"""What backward computes again instead of keeping it."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.batch_norm_act.tape import tape
+from .block import explained_bn, pre_activation, projection, run_step
+from .shortcut import PadShortcut
+from .steps import Step, called_plainly, unfusable
+
+REPEATABLE = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity)  # the same again, and nothing else
+
+
+def recomputes(steps: tuple[Step, ...]) -> bool:
+    """Compiled graphs decide for themselves what they keep; a module that is called as it is may not run twice."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    addends = [s.addend for s in steps if isinstance(s.addend, nn.Module) and not _repeats(s.addend)]
+    inner = [projection(a) for a in addends]
+    return None not in inner and all(unfusable(s) is None for s in (*steps, *inner))
+
+
+def _repeats(shortcut: nn.Module) -> bool:
+    """Whether a shortcut that is called as it is may run twice."""
+    return type(shortcut) in (PadShortcut, nn.Conv2d) and called_plainly(shortcut) is None
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which only x is kept; statistics are gathered and counted once."""
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=tape.contexts)
+
+
+def keeping_convolutions(x: Tensor, steps: tuple[Step, ...], then: nn.Module | None) -> Tensor:
+    """Every BN + ReLU that a convolution or `then` reads is computed again from the convolution in front of it."""
+    if steps[0].conv is None and isinstance(steps[-1].addend, nn.Module):  # read twice: kept
+        (x, _), steps = pre_activation(x, steps[0]), steps[1:]
+    z = x if steps[0].conv is None else steps[0].conv(x)
+    for step, following in itertools.pairwise(steps):
+        end = following.conv if following.bn is not None else lambda y: run_step(y, steps[-1], x)
+        z = recomputed(lambda z, step=step, end=end: end(explained_bn(z, step, x)), z)
+    if steps[-1].bn is None:
+        return z
+    if then is not None:
+        return recomputed(lambda z: then(explained_bn(z, steps[-1], x)), z)
+    return explained_bn(z, steps[-1], x)

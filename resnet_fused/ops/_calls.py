@@ -1,0 +1,26 @@
+"""What the operators' records of a call have in common."""
+
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class BN(NamedTuple):
+    """The four vectors [C] of a BN, each of which may be None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+NO_BN = BN(None, None, None, None)
+
+
+def metadata(call: Iterable[Any]) -> Hashable:
+    """All of the fields but the tensors' values and addresses."""
+    return tuple(
+        (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (tuple(a) if isinstance(a, list) else a)
+        for a in call
+    )

@@ -1,0 +1,114 @@
+"""A BN in training as one autograd node: one call forward, one backward, which go to their plans."""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import dispatch
+from ...dispatch import plans, registry
+from .._short import PLAIN, unwatched
+from . import calls
+from .training import BackwardCall, TrainingCall
+
+
+class Route:
+    """The plans of a kind of calls."""
+
+    __slots__ = ("plan", "backward")
+
+    def __init__(self, plan: plans.Plan) -> None:
+        self.plan = plan
+        self.backward: dict[Hashable, plans.Plan] = {}
+
+
+def keyed(call: TrainingCall) -> tuple:
+    """All that its validity and its plan depend on."""
+    return (
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__) for t in call[:5]],
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__) for t in call[7:12]],
+        *(call.eps, call.two_bn, call.relu, registry._forced),
+        None if (t := call.pre_add) is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__),
+    )
+
+
+def train(key: Hashable, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
+    """A valid call of a kind that was not seen yet."""
+    y = run(None, call)
+    plan = plans.kept.get((call.key(), registry.get_backend()))
+    if plan is not None and all(t.__class__ in PLAIN for t in call if isinstance(t, Tensor)):
+        plans.keep(plans.short, key, Route(plan))
+    return y
+
+
+def run(route: Route | None, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
+    """act(BN(x + pre_add) + residual) and, with a pre_add, the sum."""
+    bn2 = call.residual_weight, call.residual_bias
+    y = _Train.apply(route, call, call.x, call.weight, call.bias, call.residual, *bn2, call.pre_add)
+    written = [t for t in call.written() if not t.is_inference()]
+    if written:
+        torch.autograd.graph.increment_version(written)
+    return y
+
+
+class _Train(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, route, call, *tensors):
+        if route is None:
+            results = dispatch.serve(call)
+        else:
+            if registry.listener is not None:
+                registry.listener(call.name, route.plan.choice, call)
+            results = route.plan.run(call)
+        y, mask, total, mean, var, mean2, var2 = results
+        ctx.set_materialize_grads(False)
+        ctx.route, ctx.relu, ctx.eps = route, call.relu, call.eps
+        bn2 = (call.residual, call.residual_weight, call.residual_bias, mean2, var2) if call.two_bn else (None,) * 5
+        z = call.x if call.pre_add is None else total
+        ctx.save_for_backward(z, call.weight, call.bias, mean, var, *bn2, mask if call.save_mask else None)
+        return y if call.pre_add is None else (y, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dtotal=None):
+        needs = ctx.needs_input_grad[2:]  # x, weight, bias, residual, its weight and bias, pre_add
+        z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask = ctx.saved_tensors
+        dy = torch.zeros_like(z) if dy is None else dy
+        bn = (z, weight, bias, mean, var, ctx.eps, residual, weight2, bias2, mean2, var2)
+        call = BackwardCall(dy, *bn, mask, ctx.relu, dtotal, needs[0] or needs[6], needs[3])
+        dx, dresidual, sum_dz, sum_xhat, sum_rhat = _gradients(ctx.route, call)
+        return (
+            *(None, None, dx if needs[0] else None),
+            _like(sum_xhat, weight) if needs[1] else None,
+            _like(sum_dz, bias) if needs[2] else None,
+            dresidual if needs[3] else None,
+            _like(sum_rhat, weight2) if needs[4] else None,
+            _like(sum_dz, bias2) if needs[5] else None,
+            dx if needs[6] else None,
+        )
+
+
+def _like(gradient: Tensor, vector: Tensor) -> Tensor:
+    return gradient if gradient.dtype is vector.dtype else gradient.to(vector.dtype)
+
+
+def _gradients(route: Route | None, call: BackwardCall) -> tuple[Tensor, ...]:
+    if not unwatched():
+        sums = calls.backward_sums(*call.sums())
+        return *calls.backward_dx(*call.dx(sums)), *sums
+    if route is None:
+        return dispatch.serve(call)
+    dy, dtotal = call.dy, call.dtotal
+    kind = (
+        *(dy.stride(), dy.dtype, dy.__class__, call.need_dx, call.need_dresidual, registry._forced),
+        None if dtotal is None else (dtotal.stride(), dtotal.dtype, dtotal.__class__),
+    )
+    plan = route.backward.get(kind)
+    if plan is not None:
+        return plan.run(call)
+    results = dispatch.serve(call)
+    plan = plans.kept.get((call.key(), registry.get_backend()))
+    if plan is not None and dy.__class__ in PLAIN and (dtotal is None or dtotal.__class__ in PLAIN):
+        route.backward[kind] = plan
+    return results

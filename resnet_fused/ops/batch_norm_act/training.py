@@ -1,0 +1,156 @@
+"""A whole BN in training without a process group: one call forward, one backward.
+
+They stand for the four steps where nothing looks at operators; compilers, modes and SyncBatchNorm see the steps.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from . import formulas
+from .calls import ApplyCall, DxCall, StatisticsCall, Step, SumsCall
+
+
+class _Training(NamedTuple):
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+    residual: Tensor | None
+    residual_weight: Tensor | None
+    residual_bias: Tensor | None
+    residual_running_mean: Tensor | None
+    residual_running_var: Tensor | None
+    two_bn: bool  # the residual has its own BN
+    pre_add: Tensor | None
+    relu: bool
+    save_mask: bool
+
+
+class TrainingCall(_Training, Step):
+    """y, the ReLU's mask, x + pre_add, mean, var, and those of the residual's BN; the running statistics are written.
+
+    What is not asked for has no elements.
+    """
+
+    __slots__ = ()
+    step = "training"
+
+    def _compute(self) -> tuple[Tensor, ...]:
+        none = self.x.new_empty(0)
+        mean, m2, total = formulas.statistics(self.x, self.pre_add)
+        count = self.x.numel() // self.x.shape[1]
+        mean2, m22, _ = formulas.statistics(self.residual, None) if self.two_bn else (none, none, none)
+        y, mask, _ = self.applied(total, mean, m2 / count, mean2, m22 / count).reference()
+        return y, mask, total, mean, m2 / count, mean2, m22 / count
+
+    def applied(self, total: Tensor, mean: Tensor, var: Tensor, mean2: Tensor, var2: Tensor) -> ApplyCall:
+        z = self.x if self.pre_add is None else total
+        two = (mean2, var2) if self.two_bn else (None, None)
+        bn2 = (self.residual_weight, self.residual_bias, *two)
+        return ApplyCall(
+            z, self.weight, self.bias, mean, var, self.eps, self.residual, *bn2, None, self.relu, self.save_mask
+        )
+
+    def _running(self) -> tuple[Tensor | None, ...]:
+        return self.running_mean, self.running_var, self.residual_running_mean, self.residual_running_var
+
+    def update_running(self, *statistics: Tensor) -> None:
+        """statistics: mean, var, and those of the residual's BN."""
+        count = self.x.numel() // self.x.shape[1]
+        for i in (0, 2):
+            formulas.update_running(*self._running()[i : i + 2], *statistics[i : i + 2], count, self.momentum)
+
+    def reference(self) -> tuple[Tensor, ...]:
+        running = [None if r is None else r.clone() for r in self._running()]
+        names = ("running_mean", "running_var", "residual_running_mean", "residual_running_var")
+        results = self._compute()
+        copy = self._replace(**dict(zip(names, running, strict=True)))
+        copy.update_running(*results[3:])
+        return *results, *copy.written()
+
+    def plain(self) -> tuple[Tensor, ...]:
+        results = self._compute()
+        self.update_running(*results[3:])
+        return results
+
+    def key(self) -> Hashable:
+        return super(TrainingCall, self._replace(momentum=0.0)).key()
+
+    def written(self) -> tuple[Tensor, ...]:
+        return tuple(r for r in self._running() if r is not None)
+
+    def magnitudes(self) -> tuple[Tensor, ...]:
+        _, mask, total, *statistics = self._compute()
+        y = self.applied(total, *statistics).magnitudes()[0]
+        count = self.x.numel() // self.x.shape[1]
+        found = [total]
+        for x, pre_add in ((self.x, self.pre_add), *([(self.residual, None)] if self.two_bn else [])):
+            mean, m2, _ = StatisticsCall(x, pre_add).magnitudes()
+            found += [mean, m2 / count]
+        found += [total.new_empty(0)] * (5 - len(found))
+        written = [r.abs() + s for r, s in zip(self._running(), found[1:], strict=True) if r is not None]
+        return y, mask, *found, *written
+
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        return (*self[1:5], *self[8:12])
+
+    def fake(self) -> tuple[Tensor, ...]:
+        y, mask, _ = ApplyCall._fake(self.x, None, self.relu, self.save_mask)
+        mean, var, total = StatisticsCall._fake(self.x, self.pre_add)
+        none = mean.new_empty(0)
+        return y, mask, total, mean, var, *((mean, var) if self.two_bn else (none, none))
+
+
+class _Backward(NamedTuple):
+    dy: Tensor
+    z: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    residual: Tensor | None
+    residual_weight: Tensor | None
+    residual_bias: Tensor | None
+    residual_mean: Tensor | None
+    residual_var: Tensor | None
+    relu_mask: Tensor | None
+    relu: bool
+    dtotal: Tensor | None
+    need_dx: bool
+    need_dresidual: bool
+
+
+class BackwardCall(_Backward, Step):
+    """dx, the residual's gradient, and the sums of dz, dz * xhat and dz * rhat, which are the vectors' gradients."""
+
+    __slots__ = ()
+    step = "backward"
+
+    def sums(self) -> SumsCall:
+        return SumsCall(*self[:14])
+
+    def dx(self, sums: Sequence[Tensor]) -> DxCall:
+        rhat = sums[2] if self.residual_mean is not None else None
+        return DxCall(*self[:14], *sums[:2], rhat, None, *self[14:])
+
+    def drawn(self) -> Self:
+        call = super().drawn()
+        return call._replace(dy=SumsCall(*call[:14]).settled().dy)
+
+    def reference(self) -> tuple[Tensor, ...]:
+        sums = self.sums().reference()
+        return *self.dx(sums).reference(), *sums
+
+    def magnitudes(self) -> tuple[Tensor, ...]:
+        sums = self.sums().magnitudes()
+        return *self.dx(sums).magnitudes(), *sums
+
+    def fake(self) -> tuple[Tensor, ...]:
+        sums = self.sums().fake()
+        return *self.dx(sums).fake(), *sums
