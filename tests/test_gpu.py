@@ -154,16 +154,18 @@ def test_models_against_torchvision(name, dtype, backend, monkeypatch):
     assert (y - exact).abs().max() <= budget
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("id", ["bn-two-bn-join", "conv-1x1-join", "conv-3x3-join"])
-def test_two_streams_and_a_graph(id, monkeypatch):
-    prefer("cuda", monkeypatch)
+def test_two_streams_and_a_graph(id, backend, monkeypatch):
+    prefer(backend, monkeypatch)
     case = next(c for c in CASES if c.id == id)
     args, kwargs = make_inputs(case, dtype=torch.float16, device="cuda")
     expected = testing.OPS[case.op](*args, **kwargs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        assert torch.equal(testing.OPS[case.op](*args, **kwargs), expected)
+        for _ in range(4):  # a launch elsewhere may be in time by chance
+            assert torch.equal(testing.OPS[case.op](*args, **kwargs), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = testing.OPS[case.op](*args, **kwargs)

@@ -14,7 +14,7 @@ import pytest
 from conftest import VIRTUAL
 
 import resnet_fused
-from resnet_fused import _cuda
+from resnet_fused.backends.cuda import extension
 
 pytestmark = pytest.mark.virtual_gpu
 TESTS = Path(__file__).parent
@@ -33,63 +33,70 @@ class Defect(NamedTuple):
 DEFECTS = [
     Defect(
         "a name that torch does not have",
-        "_store.py",
+        "dispatch/store.py",
         "driver = _driver_version()",
         "driver = torch._C._cuda_getDriverVersion()",
         "within_budget and auto-bn-relu-torch.float16-channels_last",
     ),
     Defect(
         "no device guard",
-        "_triton/batch_norm_act.py",
-        "with torch.cuda.device_of(x):",
+        "backends/triton/launch.py",
+        "with torch.cuda.device_of(pointers[0]):",
         "if True:",
         "second_device and bn-two-bn-join",
     ),
     Defect(
+        "the default stream",
+        "backends/triton/launch.py",
+        "stream = active.get_current_stream(device)",
+        "stream = 0",
+        "two_streams and triton",
+    ),
+    Defect(
         "a workspace in x's dtype",
-        "_triton/batch_norm_train/backward.py",
-        "partial = list(torch.empty((2 + two, splits, C), dtype=torch.float32,",
-        "partial = list(torch.empty((2 + two, splits, C), dtype=dy.dtype,",
+        "backends/triton/batch_norm_train/backward.py",
+        "partial = torch.empty((2 + two, splits, C), dtype=torch.float32,",
+        "partial = torch.empty((2 + two, splits, C), dtype=dy.dtype,",
         "training_within_budget and triton-bn-join",
     ),
     Defect(
         "a mask narrower than its rows",
-        "_triton/batch_norm_train/backward.py",
+        "backends/triton/batch_norm_train/backward.py",
         "width = tl.cdiv(C, 8)",
         "width = C // 8",
         "training_within_budget and triton-bn-10-channels",
     ),
     Defect(
         "one row too many",
-        "_triton/batch_norm_act.py",
+        "backends/triton/batch_norm_apply.py",
         "mask = (row < M - first_row)[:, None]",
         "mask = (row <= M - first_row)[:, None]",
         "within_budget and triton-bn-none and channels_last",
     ),
     Defect(
         "an output that is not written to its last channel",
-        "_triton/batch_norm_act.py",
+        "backends/triton/batch_norm_apply.py",
         "in_range = c < C",
         "in_range = c < C - 1",
         "within_budget and triton-bn-none and channels_last",
     ),
     Defect(
         "a pixel's row offset without the dilation",
-        "_triton/conv_bn_act/kernels.py",
+        "backends/triton/conv/kernels.py",
         "step_h = tl.cast(stride_h, tl.int64) * DILATION_H",
         "step_h = tl.cast(stride_h, tl.int64)",
         "within_budget and triton-conv-3x3-d2 and channels_last",
     ),
     Defect(
         "a residual in any layout for cuDNN",
-        "_cudnn.py",
-        "residual = residual.contiguous(memory_format=torch.channels_last)",
-        "pass",
+        "backends/cudnn/conv_bn_act.py",
+        "dense(call.residual)",
+        "call.residual",
         "within_budget and cudnn-conv-3x3-join and contiguous",
     ),
     Defect(
         "a check inside a capture",
-        "_trust.py",
+        "dispatch/trust.py",
         "return _on_gpu(device) and torch.cuda.is_current_stream_capturing()",
         "return False",
         "unchecked_kernel_is_eager_inside_a_capture",
@@ -126,7 +133,7 @@ DEFECTS = [
 def test_it_is_caught(defect, tmp_path):
     if defect.capability not in (None, VIRTUAL):
         pytest.skip(f"it is met at capability {defect.capability} alone")
-    if ("cuda" in defect.tests or "every_tile" in defect.tests) and (reason := _cuda._REASON):
+    if ("cuda" in defect.tests or "every_tile" in defect.tests) and (reason := extension.build_info().get("reason")):
         pytest.skip(reason)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "VIRTUAL_GPU_PLANT": ""}
     copy = Path(shutil.copytree(PACKAGE, tmp_path / "resnet_fused", ignore=shutil.ignore_patterns("__pycache__")))
