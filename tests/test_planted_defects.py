@@ -43,7 +43,7 @@ DEFECTS = [
         "backends/triton/launch.py",
         "with torch.cuda.device_of(pointers[0]):",
         "if True:",
-        "second_device and bn-two-bn-join",
+        "second_device and conv-3x3-join",
     ),
     Defect(
         "the default stream",
