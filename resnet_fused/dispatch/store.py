@@ -1,6 +1,7 @@
 """What is remembered between runs, as JSON in the cache folder: written by atomic replace, never trusted blindly."""
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -53,12 +54,19 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
-        driver = str(torch._C._cuda_getDriverVersion())
+        driver = _driver_version()
     else:
         name, driver = device.type, "none"
     triton = installed_version("triton") or "none"
     versions = {"torch": torch.__version__, "triton": triton, "resnet_fused": __version__, "kernels": _kernels_digest()}
     return {"device": name, "driver": driver, **versions}
+
+
+def _driver_version() -> str:
+    """The CUDA version of the driver, "13000", which PyTorch doesn't tell."""
+    found = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    return str(found.value)
 
 
 def installed_version(package: str) -> str | None:

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from ...dispatch import plans, registry
 from .. import _checks
 from .._calls import BN, NO_BN
-from .._short import unwatched
+from .._short import plain, unwatched
 from . import calls, formulas
 from .calls import ApplyCall
 from .one_call import keyed, run, train
@@ -220,7 +220,8 @@ def batch_norm_act(
         ValueError: an argument's shape, dtype or value is off; training on one value per channel.
         BackendUnavailable: a forced backend can't serve the call.
     """
-    if training and group is None and unwatched() and not tape.active:
+    short = training and group is None and unwatched() and not tape.active
+    if short:
         call = TrainingCall(
             *(x, weight, bias, running_mean, running_var, momentum, eps, residual),
             *((None,) * 4 if residual_bn is None else residual_bn),
@@ -275,7 +276,7 @@ def batch_norm_act(
     if fused and not trains:
         y, _, total = calls.apply(*applied)
         return y if pre_add is None else (y, total)
-    if fused and training and group is None and unwatched() and not tape.active:
+    if short and fused and plain(call):
         return train(key, call)
     options = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
     args = (x, *bn, residual, *bn2, pre_add, options)
