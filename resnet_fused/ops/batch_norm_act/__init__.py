@@ -133,6 +133,8 @@ class _BatchNormAct(torch.autograd.Function):
         total = total_ if total is None else total
         z = x if pre_add is None else total
         ctx.o, ctx.has_total = o, pre_add is not None
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # the statistics have none
         kept = residual if o.two_bn else None
         ctx.save_for_backward(
             z, weight, bias, mean, var, kept, weight2, bias2, mean2, var2, mask if save_mask else None, count
@@ -147,7 +149,7 @@ class _BatchNormAct(torch.autograd.Function):
         o, needs = ctx.o, ctx.needs_input_grad
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask, count = ctx.saved_tensors
         sums, dx = (_FUSED if o.fused else _PLAIN)[2:]
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = torch.zeros_like(z) if dy is None else dy.contiguous(memory_format=torch.channels_last)
         common = (dy, z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
         sum_dz = sum_xhat = sum_rhat = None
         if o.batch_statistics or any(needs[i] for i in (1, 2, 6, 7)):
