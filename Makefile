@@ -3,11 +3,12 @@ PYTHON ?= python
 .PHONY: install lint format test bench aot gpu virtual-gpu
 
 install:  ## editable, with everything a contributor needs
-	$(PYTHON) -m pip install -e ".[test,bench,train,demo]" ruff clang-format
+	$(PYTHON) -m pip install -e ".[test,bench,train,demo]" ruff mypy clang-format
 
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 	clang-format --dry-run --Werror $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 format:

@@ -139,6 +139,8 @@ def training_launches(dtype: torch.dtype) -> Iterator[Launch]:
     with recorded() as launches:
         batch_norm_train.statistics(x)
         batch_norm_train.statistics(x, x)
+        for pre_add, running in [(None, bn[:2]), (x, bn[:2]), (None, [None, None])]:
+            batch_norm_train.plan_batch_statistics(x, pre_add, *running)(x, pre_add, *running, 0.1)
         mask = batch_norm_train.apply_with_mask(x, *bn, 1e-5, x)[1]
         for residual, bn2, relu_mask, dtotal in [
             (None, none, None, None),

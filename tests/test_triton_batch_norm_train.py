@@ -205,7 +205,7 @@ def test_offsets_past_32_bits(monkeypatch):
         train.forward.apply_with_mask_kernel[3,](z, *bn, dy, y, relu_mask, M, C, EPS, **blocks)
         call = (dy, z, *bn, *none, relu_mask)
         train.backward.sums_kernel[3,](*call, *partial[2:], None, M, C, 1, EPS, True, **blocks)
-        train.backward.dx_kernel[3,](*call, *none[:3], 1.0, None, None, dx, dresidual, M, C, 1, EPS, True, **blocks)
+        train.backward.dx_kernel[3,](*call, *none[:3], None, None, dx, dresidual, 1.0, M, C, 1, EPS, True, **blocks)
         return [p[-3:] for p in partial] + [t[-rows:] for t in (y, relu_mask, dx, dresidual)]
 
     monkeypatch.setattr(

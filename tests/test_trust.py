@@ -9,7 +9,8 @@ import torch
 
 import resnet_fused
 from resnet_fused import ops, testing
-from resnet_fused.dispatch import plans, registry, store, trust
+from resnet_fused.dispatch import compare, plans, registry, store, trust
+from resnet_fused.ops.batch_norm_act.calls import DxCall
 from resnet_fused.testing import CASES, make_inputs
 
 CASE = next(c for c in CASES if c.id == "bn-join")
@@ -194,3 +195,21 @@ def test_the_check_leaves_random_numbers_alone():
     with torch.no_grad():
         ops.batch_norm_act(*args, **kwargs)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_gradient_without_its_mean_is_caught(dtype, monkeypatch):
+    """dx + s * mean(dz): small beside dx, and a rounding in float16 where the sums are small."""
+
+    def without_mean(call, config):
+        run = plan(call, config)
+        return lambda call: run(call._replace(sum_dz=torch.zeros_like(call.sum_dz)))
+
+    triton = registry.implementation("triton", "batch_norm_act")
+    plan = triton.plan
+    x = torch.randn(2, 64, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
+    v = torch.ones(64)
+    call = DxCall(x, x, v, v, v, v, 1e-5, *[None] * 6, True, v, v, None, None, None, True, False)
+    assert compare("triton", call, None) is None
+    monkeypatch.setattr(triton, "plan", without_mean)
+    assert "result 0 is off by" in compare("triton", call, None)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import host
 from .cases import SUITES, VARIANTS
 from .engine import DTYPES, run
 from .report import write_json
@@ -16,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resnet-fused bench`."""
     parser.add_argument("--model", default="resnet50", help="default: %(default)s")
     parser.add_argument(
-        "--suite", default="inference", help=f"{' or '.join(SUITES)}, one train step a call; default: %(default)s"
+        "--suite",
+        default="inference",
+        help=f"{', '.join(SUITES)} (one train step a call) or {host.SUITE} (of launching); default: %(default)s",
     )
     parser.add_argument("--batch", type=int, help="images a call; default: 8 on the CPU, 128 on a GPU")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on the CPU, float16 on a GPU")
@@ -38,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError, OSError: of `run`, and where the JSON file can't be written.
     """
+    if args.suite == host.SUITE:
+        return host.run(host.MODELS, args.rounds or host.ROUNDS)
     if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         raise ValueError(f"--json {args.json}: can't write into the folder {args.json.parent}")
     report = run(

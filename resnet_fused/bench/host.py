@@ -22,6 +22,7 @@ from .. import models, ops
 from ..dispatch.stub import stubbed
 from ..layers import PadShortcut
 
+SUITE, ROUNDS = "host", 30
 CHANNELS = 8
 MODELS = ("resnet50", "resnet18", "cifar_resnet20", "cifar_resnet56")
 Call = Callable[[], Any]
@@ -127,8 +128,13 @@ def operators(x: Tensor) -> dict[str, tuple[Call, int]]:
     return {"one conv_bn_act": (conv, 100), "one batch_norm_act, forward and backward": (bn_step, 100)}
 
 
-def run(names: Sequence[str], rounds: int) -> None:
-    """Print the table."""
+def run(names: Sequence[str], rounds: int) -> int:
+    """Print the table and its summary; 0.
+
+    Raises:
+        ImportError: torchvision is missing.
+        RuntimeError: launches can't be stubbed here, as `stubbed` says.
+    """
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # what a stubbed launch leaves unwritten may be any bits
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,12 +162,12 @@ def run(names: Sequence[str], rounds: int) -> None:
     torch.set_num_threads(threads)
     first = names[0]
     print(f"host: eval {ratios[first, 'eval']:.2f}x, train {ratios[first, 'train']:.2f}x of torchvision eager")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args(argv)
-    run(args.models, args.rounds)
-    return 0
+    return run(args.models, args.rounds)

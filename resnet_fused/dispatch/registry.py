@@ -127,7 +127,7 @@ def _unavailable(name: str, device_type: str, index: int | None) -> str | None:
     return _UNAVAILABLE[name](device_type, index)
 
 
-_unavailable._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its seconds of imports
+vars(_unavailable)["_dynamo_marked_constant"] = True  # assume_constant_result, without its seconds of imports
 
 
 def unavailable(name: str, device: torch.device) -> str | None:

@@ -1,6 +1,7 @@
 """From an operator's call to its result: the plan that was made for calls like it, or a new one."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 from . import numerics, plans, registry, speed, trust
@@ -33,14 +34,15 @@ def _decide(call: Any) -> Plan:
             reason = registry.splits(name, call)
         if reason is None:
             configs = registry.implementation(name, call.op).configs(call)
-            chosen = tuned is not None and tuned["backend"] == name and tuned["config"] in configs
-            config = tuned["config"] if chosen else configs[0]  # no other: the file may hold anything
+            config = configs[0]
+            if tuned is not None and tuned["backend"] == name and tuned["config"] in configs:
+                config = tuned["config"]  # no other: the file may hold anything
             reason = refused(name, call, config)
         return reason
 
     first = None if tuned is None else tuned["backend"]
     choice = registry.choose(call.name, device, serves, call.order(), first)
-    config = None if choice.backend == "eager" else config
+    config = None if choice.backend == registry.PLAIN else config
     split = registry.splits(choice.backend, call)
     if split is not None:
         choice = choice._replace(rejected=(*choice.rejected, (f"{choice.backend} in one kernel", split)))
@@ -76,6 +78,8 @@ def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:
                 wrong = refused(backend, call, config)
             if wrong is None:
                 run = implementation.plan(call, config)
-                times.append((timer(lambda run=run: run(call)), backend, config))
-    ms, backend, config = min(times, key=lambda t: t[0], default=(None, None, None))
+                times.append((timer(partial(run, call)), backend, config))
+    if not times:
+        return {"backend": None, "config": None, "ms": None, "candidates": 0}
+    ms, backend, config = min(times, key=lambda t: t[0])
     return {"backend": backend, "config": config, "ms": ms, "candidates": len(times)}

@@ -1,10 +1,17 @@
 """When a call may go to its plan directly, without PyTorch's dispatcher."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # other classes may have a say in what operators do
+
+
+def plain(call: Iterable[object]) -> bool:
+    """Every tensor is PyTorch's own."""
+    return all(a.__class__ in PLAIN for a in call if isinstance(a, Tensor))
 
 
 def unwatched() -> bool:

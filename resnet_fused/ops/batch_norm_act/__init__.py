@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from ...dispatch import plans, registry
 from .. import _checks
 from .._calls import BN, NO_BN
-from .._short import unwatched
+from .._short import plain, unwatched
 from . import calls, formulas
 from .calls import ApplyCall
 from .one_call import keyed, run, train
@@ -133,6 +133,8 @@ class _BatchNormAct(torch.autograd.Function):
         total = total_ if total is None else total
         z = x if pre_add is None else total
         ctx.o, ctx.has_total = o, pre_add is not None
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # the statistics have none
         kept = residual if o.two_bn else None
         ctx.save_for_backward(
             z, weight, bias, mean, var, kept, weight2, bias2, mean2, var2, mask if save_mask else None, count
@@ -147,7 +149,7 @@ class _BatchNormAct(torch.autograd.Function):
         o, needs = ctx.o, ctx.needs_input_grad
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask, count = ctx.saved_tensors
         sums, dx = (_FUSED if o.fused else _PLAIN)[2:]
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = torch.zeros_like(z) if dy is None else dy.contiguous(memory_format=torch.channels_last)
         common = (dy, z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
         sum_dz = sum_xhat = sum_rhat = None
         if o.batch_statistics or any(needs[i] for i in (1, 2, 6, 7)):
@@ -220,7 +222,8 @@ def batch_norm_act(
         ValueError: an argument's shape, dtype or value is off; training on one value per channel.
         BackendUnavailable: a forced backend can't serve the call.
     """
-    if training and group is None and unwatched() and not tape.active:
+    short = training and group is None and unwatched() and not tape.active
+    if short:
         call = TrainingCall(
             *(x, weight, bias, running_mean, running_var, momentum, eps, residual),
             *((None,) * 4 if residual_bn is None else residual_bn),
@@ -275,7 +278,7 @@ def batch_norm_act(
     if fused and not trains:
         y, _, total = calls.apply(*applied)
         return y if pre_add is None else (y, total)
-    if fused and training and group is None and unwatched() and not tape.active:
+    if short and fused and plain(call):
         return train(key, call)
     options = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
     args = (x, *bn, residual, *bn2, pre_add, options)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from ...dispatch import plans, registry
-from .._short import PLAIN, unwatched
+from .._short import plain, unwatched
 from . import calls
 from .training import BackwardCall, TrainingCall
 
@@ -34,10 +34,10 @@ def keyed(call: TrainingCall) -> tuple:
 
 
 def train(key: Hashable, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
-    """A valid call of a kind that was not seen yet."""
+    """A valid call of plain tensors, of a kind that was not seen yet."""
     y = run(None, call)
     plan = plans.kept.get((call.key(), registry.get_backend()))
-    if plan is not None and all(t.__class__ in PLAIN for t in call if isinstance(t, Tensor)):
+    if plan is not None:
         plans.keep(plans.short, key, Route(plan))
     return y
 
@@ -94,21 +94,21 @@ def _like(gradient: Tensor, vector: Tensor) -> Tensor:
 
 
 def _gradients(route: Route | None, call: BackwardCall) -> tuple[Tensor, ...]:
-    if not unwatched():
+    if not (unwatched() and plain((call.dy, call.dtotal))):
         sums = calls.backward_sums(*call.sums())
         return *calls.backward_dx(*call.dx(sums)), *sums
     if route is None:
         return dispatch.serve(call)
     dy, dtotal = call.dy, call.dtotal
     kind = (
-        *(dy.stride(), dy.dtype, dy.__class__, call.need_dx, call.need_dresidual, registry._forced),
-        None if dtotal is None else (dtotal.stride(), dtotal.dtype, dtotal.__class__),
+        *(dy.stride(), dy.dtype, call.need_dx, call.need_dresidual, registry._forced),
+        None if dtotal is None else (dtotal.stride(), dtotal.dtype),
     )
     plan = route.backward.get(kind)
     if plan is not None:
         return plan.run(call)
     results = dispatch.serve(call)
     plan = plans.kept.get((call.key(), registry.get_backend()))
-    if plan is not None and dy.__class__ in PLAIN and (dtotal is None or dtotal.__class__ in PLAIN):
+    if plan is not None:
         route.backward[kind] = plan
     return results

@@ -1,7 +1,7 @@
 """batch_norm_act in training: batch statistics, the join's 1-bit mask, and the backward pass."""
 
-from .backward import backward_dx, backward_sums, plan_backward_dx, plan_backward_sums
 from .forward import apply_with_mask, plan_apply_with_mask, plan_batch_statistics, plan_statistics, statistics
+from .gradients import backward_dx, backward_sums, plan_backward_dx, plan_backward_sums
 
 __all__ = [
     "apply_with_mask",

@@ -20,148 +20,19 @@ Equivalent to:
 """
 
 import operator
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
-from ..dispatch import numerics, plans, registry
-from . import _checks
-from ._calls import BN, metadata
-from ._library import register
-from ._short import PLAIN, unwatched
+from ... import dispatch
+from ...dispatch import plans, registry
+from .. import _checks
+from .._library import register
+from .._short import plain, unwatched
+from .call import SCHEMA, Call, Pair, fake, out_shape, reference
 
-Pair = int | tuple[int, int]
-
-SCHEMA = (
-    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
-    "Tensor? running_var, float eps, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, "
-    "bool relu) -> Tensor"
-)
-
-
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    act: str = "relu",
-) -> Tensor:
-    """`conv_bn_act` in plain PyTorch, in torchvision's order."""
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if running_mean is not None:
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if act == "relu" else y
-
-
-class Call(NamedTuple):
-    """One call of the registered operator: the schema's fields in its order."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    eps: float
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    residual: Tensor | None
-    relu: bool
-
-    op = name = "conv_bn_act"
-
-    @property
-    def bn(self) -> BN:
-        return BN(self.bn_weight, self.bn_bias, self.running_mean, self.running_var)
-
-    def arguments(self) -> tuple[tuple, dict[str, Any]]:
-        """Those of `reference`."""
-        names = ("bias", "eps", "stride", "padding", "dilation", "groups", "residual")
-        kwargs = {name: getattr(self, name) for name in names}
-        return (self.x, self.weight, *self.bn), kwargs | {"act": "relu" if self.relu else "none"}
-
-    def reference(self) -> Tensor:
-        args, kwargs = self.arguments()
-        return reference(*args, **kwargs)
-
-    def magnitudes(self) -> Tensor:
-        """The same formula on absolute values."""
-        args, kwargs = numerics.absolute(*self.arguments())
-        return reference(*args, **kwargs)
-
-    def drawn(self) -> "Call":
-        """A random call like this one, of at most two images."""
-        draw = numerics.Draw(self.x.device)
-
-        def like(name: str, t: Tensor) -> Tensor:
-            scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
-            return draw.like(t, positive=name == "running_var", images=name != "weight", scale=scale)
-
-        return Call(*(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True)))
-
-    def written(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def allow_tf32(self) -> bool:
-        return self.x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-    def misaligned(self) -> str | None:
-        """Which image does not start at a multiple of 16 bytes, or None."""
-        for name, t in (("x", self.x), ("weight", self.weight), ("residual", self.residual)):
-            if t is not None and t.data_ptr() % 16:
-                return name
-        return None
-
-    def key(self) -> Hashable:
-        """All that a plan depends on."""
-        precision = self.allow_tf32(), torch.backends.cudnn.enabled
-        return metadata(self), self.misaligned(), precision
-
-    def order(self) -> str:
-        """What the registry orders backends by."""
-        return "conv 1x1" if self.weight.shape[2] == self.weight.shape[3] == 1 else "conv"
-
-    def problem(self) -> str:
-        """One layer's problem, for `tune`: everything that the fastest choice depends on."""
-        numbers = (*self.x.shape, *self.weight.shape, *self.stride, *self.padding, *self.dilation, self.groups)
-        flags = f"{'+add' if self.residual is not None else ''}{'+relu' if self.relu else ''}"
-        return f"{str(self.x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}"
-
-
-def out_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
-    """[N, K, P, Q] of the convolution."""
-    p, q = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    )
-    return x.shape[0], weight.shape[0], p, q
-
-
-def fake(*args) -> Tensor:
-    call = Call(*args)
-    shape = out_shape(call.x, call.weight, call.stride, call.padding, call.dilation)
-    return call.x.new_empty(shape).contiguous(memory_format=torch.channels_last)
-
+__all__ = ["Call", "conv_bn_act", "out_shape", "reference"]
 
 _op = register(SCHEMA, lambda *args: dispatch.serve(Call(*args)), fake)
 registry.add_operator(Call.op)
@@ -299,7 +170,7 @@ def conv_bn_act(
         return call.reference()
     y = (_ConvBNAct.apply if _checks.needs_grad(call) else _op)(*call)
     plan = plans.kept.get((call.key(), registry.get_backend())) if short else None
-    if plan is not None and all(a.__class__ in PLAIN for a in call if isinstance(a, Tensor)) and not x.is_neg():
+    if plan is not None and plain(call) and not x.is_neg() and (residual is None or not residual.is_neg()):
         plans.keep(plans.short, key, plan)
     return y
 
