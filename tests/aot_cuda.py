@@ -4,8 +4,8 @@
     python tests/aot_cuda.py "8.0+PTX 9.0a+PTX" --readable-ptx --wheels wheels  # one build
 
 Exits with 1 where a kernel spills, where ptxas serialises wgmma (C7510) or ignores setmaxnreg (C7508), where a
-convolution has no tensor core instruction (HGMMA on sm_90a, HMMA elsewhere), or where more or fewer of its blocks share
-a multiprocessor than planner.h says.
+convolution has no tensor core instruction (HGMMA on sm_90a, HMMA elsewhere), or where fewer of its blocks share a
+multiprocessor than planner.h says, or more on sm_80 and sm_90a, from which the planner's table is.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def check(library: Path, log: str) -> int:
                 wrong.append(f"{arch}: {label(name)} has no {expected[:-1]}")
             if kind(name) in ("ConvUniversal", "ImplicitGemmConvolution"):
                 built, planned = residency(planner, arch, name, used["REG"], mma)
-                if built != planned:
+                if built < planned or (built > planned and arch in ("sm_80", "sm_90a")):
                     wrong.append(
                         f"{arch}: {built} blocks of {label(name)} share a multiprocessor, planned are {planned}"
                     )
