@@ -121,7 +121,7 @@ def test_a_cuda_device_is_known_by_its_name_and_its_drivers_version(monkeypatch)
     monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    found = _store.environment(torch.device("cuda", 0))
+    found = store.environment(torch.device("cuda", 0))
     assert found["device"] == "NVIDIA H100 (compute capability 9.0)" and found["driver"] == "13020"
 
 
