@@ -5,12 +5,14 @@ The switches have to be set before torch and Triton are imported. Each worker ta
 
 import os
 import sys
+import zlib
 
 import pytest
 
 VIRTUAL = next((a.partition("=")[2] for a in sys.argv if a.startswith("--virtual-gpu=")), None)
-VIRTUAL = os.environ.setdefault("PYTEST_VIRTUAL_GPU", VIRTUAL or "") or None  # for the workers
+VIRTUAL = VIRTUAL or os.environ.get("PYTEST_VIRTUAL_GPU")
 if VIRTUAL:
+    os.environ["PYTEST_VIRTUAL_GPU"] = VIRTUAL  # for the workers
     import virtual_gpu
 
     virtual_gpu.install(int(VIRTUAL))
@@ -37,16 +39,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--virtual-gpu", metavar="CAPABILITY", help="run the tests marked gpu there: 80, 86, 89, 90, 100, 120"
     )
-    group.addoption("--share", type=int, default=1, metavar="N", help="of every test's parameters only each N-th")
+    group.addoption(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of every test's parameters the first, and one in N of the others",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (asked := config.getoption("--virtual-gpu")) and asked != VIRTUAL:
+        raise pytest.UsageError(f"--virtual-gpu={asked} has to be given so, on the command line, and once")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share, seen = config.getoption("share"), {}
+    share, seen = config.getoption("share"), set()
     kept, dropped = [], []
     for item in items:
-        seen[item.function] = seen.get(item.function, -1) + 1
+        drawn = item.function not in seen or zlib.crc32(item.nodeid.encode()) % share == 0
+        seen.add(item.function)
         on_device = not VIRTUAL or any(map(item.get_closest_marker, ("gpu", "any_device", "virtual_gpu")))
-        (kept if on_device and seen[item.function] % share == 0 else dropped).append(item)
+        (kept if on_device and drawn else dropped).append(item)
         for name, (met, reason) in MARKS.items():
             if item.get_closest_marker(name) and not met:
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -60,7 +74,8 @@ def pytest_runtest_call(item: pytest.Item):
     try:
         return (yield)
     except Exception as error:
-        if not HAS_GPU or not any(text in str(error) for text in ("TRITON_INTERPRET=1", "(cpu tensor?)")):
+        on_device = any(map(item.get_closest_marker, ("gpu", "any_device", "virtual_gpu")))
+        if not HAS_GPU or on_device or not any(text in str(error) for text in ("TRITON_INTERPRET=1", "(cpu tensor?)")):
             raise
         pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1), which a machine with a GPU leaves off")
 

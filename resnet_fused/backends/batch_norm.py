@@ -37,7 +37,7 @@ def plan(call: "StepCall", planners: dict[str, Planner]) -> Callable[["StepCall"
     call = dense_call(call)
     if call.step in ("training", "backward"):
         run_call = {"training": _training, "backward": _backward}[call.step](call, planners)
-        return (lambda call: run_call(dense_call(call))) if copies else run_call
+        return partial(_on_copies, run_call) if copies else run_call
     run = _apply(call, planners) if call.step == "apply" else planners[call.step](*call)
 
     def run_step(call: "StepCall") -> tuple[Tensor, ...]:
@@ -45,6 +45,16 @@ def plan(call: "StepCall", planners: dict[str, Planner]) -> Callable[["StepCall"
         return filled(run(*call), call.mean if call.step == "backward_sums" else call[0])
 
     return run_step
+
+
+def _on_copies(run: Callable[[Any], tuple[Tensor, ...]], call: Any) -> tuple[Tensor, ...]:
+    """What a step writes in place goes back where it came from."""
+    copy = dense_call(call)
+    results = run(copy)
+    for mine, written in zip(call.written(), copy.written(), strict=True):
+        if mine.data_ptr() != written.data_ptr():
+            mine.copy_(written)
+    return results
 
 
 def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., tuple[Tensor, ...]]:

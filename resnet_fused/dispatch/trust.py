@@ -10,7 +10,6 @@ from .store import Store
 
 _stores: dict[torch.device, Store] = {}  # verdicts: "" where the kernels passed, else what was wrong
 _warned: set[str] = set()
-generation = 0  # moves when verdicts are dropped, for who keeps one
 
 
 def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -> str | None:
@@ -56,7 +55,7 @@ def _verdict(compare: Callable[[], str | None]) -> str:
     try:
         with torch.no_grad():
             return compare() or ""
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # nothing about the kernel; a lost device is not kept
         raise
     except Exception as error:  # a kernel that does not compile or launch here is as unfit as a wrong one
         return f"it raised {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from ..ops._checks import transformed
 from ..ops.batch_norm_act.tape import tape
 
 INPUT: Literal["input"] = "input"
@@ -97,7 +98,8 @@ class Counters(threading.local):
             yield
         finally:
             waiting, self._waiting = self._waiting, None
-            if len(set(map(id, waiting))) < len(waiting):  # a module that ran twice
+            twice = len(set(map(id, waiting))) < len(waiting)  # a module that ran twice
+            if twice or transformed():  # torch.func knows no _foreach_add_
                 for counter in waiting:
                     counter.add_(1)
             elif waiting:

@@ -10,8 +10,15 @@ _LIBRARY = torch.library.Library("resnet_fused", "DEF")
 def register(schema: str, impl: Callable, fake: Callable) -> torch._ops.OpOverload:
     """Define the operator of that schema; on the CPU it serves Triton's interpreter and oneDNN."""
     name = schema.partition("(")[0]
+
+    def kernel(*args):
+        if not torch._C._is_any_autocast_enabled():
+            return impl(*args)
+        with torch.autocast(args[0].device.type, enabled=False):  # the tensors come as they are to be computed with
+            return impl(*args)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, impl, "CUDA")
-    _LIBRARY.impl(name, impl, "CPU")
+    _LIBRARY.impl(name, kernel, "CUDA")
+    _LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.resnet_fused, name).default

@@ -10,8 +10,12 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # other classes may have 
 
 
 def plain(call: Iterable[object]) -> bool:
-    """Every tensor is PyTorch's own."""
-    return all(a.__class__ in PLAIN for a in call if isinstance(a, Tensor))
+    """Every tensor is PyTorch's own, in memory as it reads."""
+    return all(_plain(a) for a in call if isinstance(a, Tensor))
+
+
+def _plain(t: Tensor) -> bool:
+    return t.__class__ in PLAIN and t.layout is torch.strided and not t.is_neg()
 
 
 def unwatched() -> bool:

@@ -36,7 +36,6 @@ def install(capability: int) -> None:
     _library = ctypes.CDLL(str(folder / "libcuda.so.1"), ctypes.RTLD_GLOBAL)  # its symbols come before libcudart's
     _library.vgpu_message.restype = _library.vgpu_launches_by_name.restype = ctypes.c_char_p
     _library.vgpu_launches.restype = _library.vgpu_planted.restype = ctypes.c_long
-    _library.vgpu_allocations.restype = ctypes.c_size_t
     if planted := os.environ.get("VIRTUAL_GPU_PLANT"):  # "original=>defect"
         plant(*planted.split("=>"))
     from . import torch_operators
@@ -51,6 +50,11 @@ def installed() -> bool:
 def message() -> str:
     """Of the last thing that the device refused."""
     return _library.vgpu_message().decode()
+
+
+def forget_errors() -> None:
+    """Run what is pending, and be a device again that never failed."""
+    _library.vgpu_forget_errors()
 
 
 def launches() -> int:

@@ -24,8 +24,6 @@ _NATIVE = ("empty.memory_format", "empty_strided", "resize_", "set_", "record_st
 _library: ctypes.CDLL
 _registration = torch.library.Library("aten", "IMPL")
 _recorded: list[Any] = []  # callbacks of captured graphs: they have to outlive them
-_generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}
-used: dict[str, int] = {}  # calls by operator
 
 
 def install(library: ctypes.CDLL) -> None:
@@ -91,17 +89,16 @@ def _resized(host: Tensor, owner: Tensor) -> Tensor:
 
 
 def _host_generator(generator: torch.Generator) -> torch.Generator:
-    made = _generators.get(id(generator))
-    if made is None:  # kept with its owner, whose id is then not given again
-        made = _generators[id(generator)] = (torch.Generator().manual_seed(generator.initial_seed()), generator)
-    return made[0]
+    """One for this call, by the seed and the place in its sequence, which moves on."""
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)
+    return torch.Generator().manual_seed((generator.initial_seed() + 0x9E3779B9 * offset) % 2**63)
 
 
 def _on_host(function: Callable) -> Callable:
     name = function.__name__
 
     def call(*args, **kwargs):
-        used[name] = used.get(name, 0) + 1
         device = _device_of(args, kwargs)
         to_host = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
         owners: dict[int, tuple[Tensor, Tensor]] = {}  # a host tensor's id -> itself and the CUDA tensor
@@ -127,6 +124,8 @@ def _on_host(function: Callable) -> Callable:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
         with torch.cuda.device(device):
             capturing = _library.vgpu_host_turn(stream)
+            if capturing < 0:
+                raise torch.AcceleratorError(f"a kernel before {name} failed: {_library.vgpu_message().decode()}")
             host_args, host_kwargs = tree_map(down, (args, kwargs))
             if not capturing:
                 return tree_map(up, function(*host_args, **host_kwargs))

@@ -225,7 +225,7 @@ def batch_norm_act(
     short = training and group is None and unwatched() and not tape.active
     if short:
         call = TrainingCall(
-            *(x, weight, bias, running_mean, running_var, momentum, eps, residual),
+            *(x, weight, bias, running_mean, running_var, float(momentum), eps, residual),
             *((None,) * 4 if residual_bn is None else residual_bn),
             *(
                 residual_bn is not None,

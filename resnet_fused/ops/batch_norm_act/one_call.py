@@ -25,7 +25,9 @@ class Route:
 
 def keyed(call: TrainingCall) -> tuple:
     """All that its validity and its plan depend on."""
+    images = [call.x.is_neg(), call.residual is not None and call.residual.is_neg()]
     return (
+        *(*images, call.pre_add is not None and call.pre_add.is_neg()),
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__) for t in call[:5]],
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__) for t in call[7:12]],
         *(call.eps, call.two_bn, call.relu, registry._forced),

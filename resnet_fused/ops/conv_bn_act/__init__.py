@@ -115,18 +115,16 @@ def conv_bn_act(
         ValueError: an argument's shape, dtype or value is off.
         BackendUnavailable: a forced backend can't serve the call.
     """
-    short = unwatched() and not torch.is_grad_enabled()
+    images = (x, weight) if residual is None else (x, weight, residual)
+    short = not torch.is_grad_enabled() and unwatched() and plain(images)
     if short:
-        stride = (stride, stride) if stride.__class__ is int else stride
-        padding = (padding, padding) if padding.__class__ is int else padding
-        dilation = (dilation, dilation) if dilation.__class__ is int else dilation
+        stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
         if torch._C._is_any_autocast_enabled():
             x, weight, bias, residual = _autocast(x, weight, bias, residual)
         vectors = (bias, bn_weight, bn_bias, running_mean, running_var)
-        images = x.data_ptr() | weight.data_ptr() | (0 if residual is None else residual.data_ptr())
         key = (
-            *(x.shape, x.stride(), x.dtype, x.device, x.__class__, x.is_neg()),
-            *(weight.shape, weight.stride(), weight.dtype, weight.device, weight.__class__),
+            *(x.shape, x.stride(), x.dtype, x.device, x.__class__, x.data_ptr() & 15),
+            *(weight.shape, weight.stride(), weight.dtype, weight.device, weight.__class__, weight.data_ptr() & 15),
             *(None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__) for v in vectors),
             None
             if residual is None
@@ -136,9 +134,9 @@ def conv_bn_act(
                 residual.dtype,
                 residual.device,
                 residual.__class__,
-                residual.is_neg(),
+                residual.data_ptr() & 15,
             ),
-            *(eps, stride, padding, dilation, groups, act, images & 15, registry._forced),
+            *(eps, stride, padding, dilation, groups, act, registry._forced),
             torch._C._get_fp32_precision_getter("cuda", "conv") if x.dtype is torch.float32 else None,
             torch._C._get_cudnn_enabled(),
         )
@@ -170,9 +168,16 @@ def conv_bn_act(
         return call.reference()
     y = (_ConvBNAct.apply if _checks.needs_grad(call) else _op)(*call)
     plan = plans.kept.get((call.key(), registry.get_backend())) if short else None
-    if plan is not None and plain(call) and not x.is_neg() and (residual is None or not residual.is_neg()):
+    if plan is not None and plain(call):
         plans.keep(plans.short, key, plan)
     return y
+
+
+def _hashable(value: Pair) -> Pair:
+    """A pair of an integer, a list as a tuple."""
+    if value.__class__ is int:
+        return value, value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _autocast(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

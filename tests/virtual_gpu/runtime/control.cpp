@@ -10,11 +10,12 @@ API const char* vgpu_message() {
   text = last_message();
   return text.c_str();
 }
-API void vgpu_clear() { clear_errors(); }
+API void vgpu_forget_errors() {
+  drain_all();
+  take_last_error();
+}
 API void vgpu_seed(uint64_t seed) { settings().seed = seed; }
-API void vgpu_capability(int capability) { settings().capability = capability; }
 API long vgpu_launches() { return launches(); }
-API size_t vgpu_allocations() { return allocations(); }
 API const char* vgpu_launches_by_name() {  // "kernel count" lines
   static thread_local std::string text;
   std::ostringstream lines;
@@ -25,13 +26,13 @@ API const char* vgpu_launches_by_name() {  // "kernel count" lines
 API int vgpu_read_only(void* pointer, int read_only) { return set_read_only(pointer, read_only); }
 API void vgpu_plant(const char* from, const char* to) { plant(from, to); }
 API long vgpu_planted() { return planted(); }
-// For operators that run on the host, in a stream's order: 0 where everything before is done, 1 inside a capture.
+// For operators that run on the host, in a stream's order: 0 where everything before is done, 1 inside a capture, -1
+// where what was done failed.
 API int vgpu_host_turn(cudaStream_t handle) {
   Lock lock(mutex());
   Stream& stream = stream_of(handle);
   if (stream.capture) return 1;
-  drain(stream);
-  return 0;
+  return drain(stream) == cudaSuccess ? 0 : -1;
 }
 API void vgpu_record(cudaStream_t handle, int (*replay)()) {
   Lock lock(mutex());

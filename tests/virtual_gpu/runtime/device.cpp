@@ -137,12 +137,6 @@ std::string last_message() {
   Lock lock(mutex());
   return message;
 }
-void clear_errors() {
-  Lock lock(mutex());
-  message.clear();
-  last_error = cudaSuccess;
-}
-
 void trace(const char* format, ...) {
   if (!settings().trace) return;
   va_list arguments;

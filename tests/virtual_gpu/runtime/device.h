@@ -44,7 +44,6 @@ cudaError_t fail(cudaError_t error, const char* format, ...) __attribute__((form
 cudaError_t take_last_error();
 cudaError_t peek_last_error();
 std::string last_message();
-void clear_errors();
 void trace(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- memory.cpp: every allocation ends at (or begins behind) a page that faults, holds NaN, and is known to the byte
@@ -54,7 +53,6 @@ void release(void* pointer);   // once all work that was submitted before has ru
 void release_deferred();       // called where no work is pending
 int device_of(const void* p);  // -1: no device memory
 bool set_read_only(void* pointer, bool read_only);
-size_t allocations();
 
 // ---- stream.cpp: work runs in the order of its stream, at any later moment up to a synchronisation ----
 using Work = std::function<cudaError_t()>;
@@ -66,7 +64,7 @@ struct Graph {
   std::vector<Node> nodes;
   std::vector<void*> freed;  // memory of the capture that its owner has given back
   unsigned long long id = 0;
-  bool invalid = false;
+  bool invalid = false, ended = false;
   ~Graph();
 };
 struct Stream {

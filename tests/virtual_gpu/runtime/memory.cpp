@@ -100,9 +100,4 @@ bool set_read_only(void* pointer, bool read_only) {
   return true;
 }
 
-size_t allocations() {
-  Lock lock(mutex());
-  return blocks().size();
-}
-
 }  // namespace virtual_gpu

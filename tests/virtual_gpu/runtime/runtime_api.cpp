@@ -306,7 +306,7 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handl
   Lock lock(mutex());
   Stream& stream = stream_of(handle);
   const Event event = *reinterpret_cast<Event*>(event_handle);
-  if (event.capture && !event.capture->invalid) {
+  if (event.capture && !event.capture->invalid && !event.capture->ended) {
     stream.capture = event.capture;
     return cudaSuccess;
   }

@@ -101,6 +101,7 @@ std::shared_ptr<Graph> capture_under_way() {
 
 std::shared_ptr<Graph> end_capture(Stream& stream) {
   const std::shared_ptr<Graph> graph = stream.capture;
+  if (graph) graph->ended = true;
   for (Stream* s : streams())
     if (s->capture == graph) s->capture = nullptr;
   return graph;
