@@ -54,7 +54,7 @@ DEFECTS = [
     ),
     Defect(
         "a workspace in x's dtype",
-        "backends/triton/batch_norm_train/backward.py",
+        "backends/triton/batch_norm_train/gradients.py",
         "partial = torch.empty((2 + two, splits, C), dtype=torch.float32,",
         "partial = torch.empty((2 + two, splits, C), dtype=dy.dtype,",
         "training_within_budget and triton-bn-join",
