@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_fused import _cuda
+from resnet_fused.backends.cuda import extension
 
 pytestmark = pytest.mark.gpu
 
@@ -12,7 +12,7 @@ PLAN = {"tile_m": 64, "tile_n": 64, "splits": 1}
 
 @pytest.fixture(autouse=True)
 def _built():
-    reason = _cuda.unavailable("cuda", 0)
+    reason = extension.unavailable("cuda", 0)
     if reason is not None:
         pytest.skip(reason)
 
