@@ -188,7 +188,7 @@ def test_a_wrong_kernel_is_refused(cuda_serves_the_cpu, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "statistics", off)
     with (
         resnet_fused.backend("cuda"),
-        pytest.warns(UserWarning, match="batch_norm_act_statistics/cuda.*is disabled"),
+        pytest.warns(UserWarning, match="batch_norm_act_training/cuda.*is disabled"),
         pytest.raises(resnet_fused.BackendUnavailable, match="is off by"),
     ):
         ops.batch_norm_act(torch.randn(2, 23, 4, 4), None, None, None, None)
