@@ -1,8 +1,8 @@
 """The CUDA kernels' own source, compiled for the CPU: every thread a fiber, every tensor before a page that faults.
 
 The operators have the signatures of `resnet_fused.backends.cuda.kernels`, and options for how they run: `seed` of the
-threads' order, `max_blocks` to sweep over more rows a thread, `max_threads` of the device, `offset` in elements by which the
-outputs leave their alignment.
+threads' order, `max_blocks` to sweep over more rows a thread, `max_threads` of the device, `offset` in elements
+by which the outputs leave their alignment.
 """
 
 import ctypes
