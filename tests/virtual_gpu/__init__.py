@@ -43,10 +43,6 @@ def install(capability: int) -> None:
     torch_operators.install(_library)
 
 
-def installed() -> bool:
-    return _library is not None
-
-
 def message() -> str:
     """Of the last thing that the device refused."""
     return _library.vgpu_message().decode()
