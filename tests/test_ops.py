@@ -94,15 +94,71 @@ def test_gradcheck_of_the_reference():
             )
 
 
-@pytest.mark.parametrize("op", testing.OPS)
-def test_double_backward_raises(op):
-    case = next(c for c in SMALL if c.op == op)
+def hessian_vector_product(function, case, dtype, training=True):
+    """Gradients of the sum of all first gradients' products with themselves, of every leaf: x's and the vectors'."""
     args, kwargs = make_inputs(case, dtype=torch.float32)
-    x = args[0].requires_grad_()
+    args, kwargs = testing.map_tensors((args, kwargs), lambda t: t.to(dtype).requires_grad_())
+    if case.op == "batch_norm_act":
+        kwargs["training"] = training
+    fixed = (args[-4:], kwargs.get("residual_bn", ()))
+    for i, bn in enumerate(fixed):
+        for v in bn if case.op == "conv_bn_act" and i == 0 else bn[2:]:
+            if v is not None:
+                v.requires_grad_(False)
+    leaves = [t for t in flat(args, kwargs) if t.requires_grad]
+    loss = sum(y.double().square().sum() for y in testing.as_tuple(function(*args, **kwargs)))
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.double().square().sum() for g in first), leaves, allow_unused=True)
+
+
+SECOND_DERIVATIVES = [
+    pytest.param(c, training, id=f"{c.id}-{'training' if training else 'eval'}")
+    for c in SMALL
+    if c.mean < 10 and 0 not in c.shape
+    for training in ((True, False) if c.op == "batch_norm_act" else (False,))
+    if not training or c.shape[0] * c.shape[2] * c.shape[3] > 1
+]
+
+
+@pytest.mark.parametrize(("case", "training"), SECOND_DERIVATIVES)
+def test_second_derivatives_are_those_of_the_formula(case, training):
+    oracle = hessian_vector_product(testing.REFERENCES[case.op], case, torch.float64, training)
+    eager = hessian_vector_product(testing.REFERENCES[case.op], case, torch.float32, training)
     with resnet_fused.backend("triton"):
-        (dx,) = torch.autograd.grad(testing.OPS[op](x, *args[1:], **kwargs).pow(2).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
+        fused = hessian_vector_product(testing.OPS[case.op], case, torch.float32, training)
+    for theirs, ours, exact in zip(eager, fused, oracle, strict=True):
+        if exact is None:
+            assert ours is None or not ours.any()
+            continue
+        limit = 4 * (theirs - exact).abs().max() + 1e-5 * exact.abs().max()
+        assert (ours - exact).abs().max() <= limit, (ours - exact).abs().max() / exact.abs().max()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_models_hessian_vector_product_and_gradient_penalty_are_eagers(training):
+    """Also where only parameters are asked for: autograd leaves out what does not lead to them."""
+
+    def norms(backend, dtype=torch.float32):
+        torch.manual_seed(0)
+        model = resnet_fused.cifar_resnet20().to(dtype).train(training)
+        x = torch.randn(4, 3, 16, 16).to(dtype).requires_grad_()
+        frozen = () if training else (torch.nn.BatchNorm2d,)  # fused only so
+        for m in model.modules():
+            if isinstance(m, frozen):
+                m.requires_grad_(False)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with resnet_fused.backend(backend):
+            gradients = torch.autograd.grad(F.log_softmax(model(x), 1)[:, 0].sum(), parameters, create_graph=True)
+            product = torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters)
+            (dx,) = torch.autograd.grad(F.log_softmax(model(x), 1)[:, 0].sum(), x, create_graph=True)
+            penalty = torch.autograd.grad(dx.norm(), parameters, allow_unused=True)
+        return torch.stack(
+            [torch.cat([g.double().flatten() for g in gs if g is not None]) for gs in (product, penalty)]
+        )
+
+    exact, eager = norms("eager", torch.float64), norms("eager")
+    error = (norms("triton") - exact).norm(dim=1)
+    assert (error <= 4 * (eager - exact).norm(dim=1) + 1e-6 * exact.norm(dim=1)).all(), error / exact.norm(dim=1)
 
 
 def raw_arguments(case, dtype, layout):

@@ -193,7 +193,7 @@ def test_offsets_past_32_bits(monkeypatch):
     def launch(dy, z, first_program):
         M = len(z)
         splits = -(-M // 16)
-        partial = [torch.empty((splits, C)) for _ in range(4)]
+        partial = [torch.empty((splits, 2, C)) for _ in range(2)]
         dx, dresidual, y = (torch.empty_like(z) for _ in range(3))
         relu_mask = torch.empty((M, C // 8), dtype=torch.uint8)
         monkeypatch.setattr(
@@ -201,10 +201,10 @@ def test_offsets_past_32_bits(monkeypatch):
         )
         blocks = {"BLOCK_M": 16, "BLOCK_C": C}
         none = [None] * 5
-        train.forward.statistics_kernel[3,](z, None, None, *partial[:2], M, C, 1, **blocks)
+        train.forward.statistics_kernel[3,](z, None, None, partial[0], M, C, 1, **blocks)
         train.forward.apply_with_mask_kernel[3,](z, *bn, dy, y, relu_mask, M, C, EPS, **blocks)
         call = (dy, z, *bn, *none, relu_mask)
-        train.backward.sums_kernel[3,](*call, *partial[2:], None, M, C, 1, EPS, True, **blocks)
+        train.backward.sums_kernel[3,](*call, partial[1], M, C, 1, EPS, True, **blocks)
         train.backward.dx_kernel[3,](*call, *none[:3], None, None, dx, dresidual, 1.0, M, C, 1, EPS, True, **blocks)
         return [p[-3:] for p in partial] + [t[-rows:] for t in (y, relu_mask, dx, dresidual)]
 

@@ -1,6 +1,6 @@
 """Launching a compiled kernel without Triton's own look-up, which costs more than all else of a launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,26 +27,30 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._rest = tuple(rest[name] for name in kernel.arg_names if name in rest)
         self._device: int | None = None
-        self._direct: CompiledKernel | None = None
+        self._direct: tuple[Callable[..., None], Any, Any, CompiledKernel] | None = None
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None, numbers: tuple[float, ...] = ()) -> None:
         """numbers: what changes from call to call, behind the tensors."""
         direct = self._direct
-        runtime = knobs.runtime
-        if direct is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+        if direct is None or _hooked(knobs.runtime):
             return self._through_triton(tensors, numbers)
+        arguments, low = [], 0  # addresses: Triton would ask every tensor for its own, and the driver for each of them
         for t in tensors:
-            if t is not None and t.__class__ is not TensorDescriptor and t.data_ptr() & 15:
-                return self._through_triton(tensors, numbers)
+            if t is None or t.__class__ is TensorDescriptor:
+                arguments.append(t)
+            else:
+                arguments.append(address := t.data_ptr())
+                low |= address
+        if low & 15:
+            return self._through_triton(tensors, numbers)
         active = driver.active
         device = active.get_current_device()
         if device != self._device:
             with torch.cuda.device(self._device):
                 return self(*tensors, numbers=numbers)
+        run, function, packed, _ = direct
         stream = active.get_current_stream(device)
-        x, y, z = self._grid
-        arguments = (*tensors, *numbers, *self._rest)
-        direct.run(x, y, z, stream, direct.function, direct.packed_metadata, None, None, None, *arguments)
+        run(*self._grid, stream, function, packed, None, None, None, *arguments, *numbers, *self._rest)
 
     def _through_triton(
         self, tensors: tuple[Tensor | TensorDescriptor | None, ...], numbers: tuple[float, ...]
@@ -56,11 +60,13 @@ class Launch:
             compiled = self._kernel[self._grid](*tensors, *numbers, **self._names)
             if isinstance(compiled, CompiledKernel) and not any(t.data_ptr() % 16 for t in pointers):
                 if not self._kernel.pre_run_hooks:
-                    self._device, self._direct = driver.active.get_current_device(), compiled
+                    self._device = driver.active.get_current_device()
+                    self._direct = compiled.run, compiled.function, compiled.packed_metadata, compiled  # kept alive
 
 
-def _hooked(hook: Any) -> bool:
-    return bool(getattr(hook, "calls", hook))  # a chain of hooks, or None
+def _hooked(runtime: Any) -> bool:
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains of hooks, or None
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Described:

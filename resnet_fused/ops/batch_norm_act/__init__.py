@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...dispatch import plans, registry
 from .. import _checks
@@ -144,13 +143,21 @@ class _BatchNormAct(torch.autograd.Function):
         return y, total, *statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dtotal, *_):
         o, needs = ctx.o, ctx.needs_input_grad
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask, count = ctx.saved_tensors
         sums, dx = (_FUSED if o.fused else _PLAIN)[2:]
         dy = torch.zeros_like(z) if dy is None else dy.contiguous(memory_format=torch.channels_last)
         common = (dy, z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            if o.group is not None:
+                raise RuntimeError("batch_norm_act: statistics gathered over processes have no second derivative")
+            asked = (needs[0] or needs[10], needs[1], needs[2], *needs[5:8])
+            dx, *others = formulas.differentiable_backward(
+                *common, dtotal if ctx.has_total else None, asked, o.batch_statistics
+            )
+            dx_and_vectors = (dx if needs[0] else None, *others[:2], None, None)
+            return *dx_and_vectors, *others[2:], None, None, dx if needs[10] else None, None
         sum_dz = sum_xhat = sum_rhat = None
         if o.batch_statistics or any(needs[i] for i in (1, 2, 6, 7)):
             sum_dz, sum_xhat, sum_rhat = sums(*common)

@@ -129,6 +129,40 @@ def backward_dx(
     return dx, dresidual
 
 
+def differentiable_backward(
+    dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu, dtotal, needs, batch
+) -> tuple[Tensor | None, ...]:
+    """Gradients of z, weight, bias, residual, weight2 and bias2, those that `needs` asks for, with a graph of their own.
+
+    batch: the statistics are z's and the residual's, not given.
+    """
+
+    def through(t, w, b, m, v):
+        return F.batch_norm(t, None if batch else m, None if batch else v, w, b, batch, 0.0, eps)
+
+    inputs = (z, weight, bias, residual, weight2, bias2)
+    # aliases, so that no path from y leads to one of them through another: z may come from the same weight
+    z, weight, bias, residual, weight2, bias2 = (t if t is None else t.view_as(t) for t in inputs)
+    y = through(z, weight, bias, mean, var)
+    y2 = residual if mean2 is None else through(residual, weight2, bias2, mean2, var2)
+    dz = dy
+    if relu and relu_mask is not None:
+        dz = torch.where(_unpack(relu_mask, dy.shape), dy, 0)
+    elif relu:
+        dz = torch.where((y if y2 is None else y + y2) <= 0, 0, dy)
+
+    def gradients(y, inputs, needs):
+        asked = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, asked, dz, create_graph=True) if asked else ())
+        return [next(found) if needed else None for needed in needs]
+
+    dx, *vectors = gradients(y, (z, weight, bias), needs[:3])
+    dx = dx if dx is None or dtotal is None else dx + dtotal
+    if mean2 is None:
+        return dx, *vectors, dz if needs[3] else None, None, None
+    return dx, *vectors, *gradients(y2, (residual, weight2, bias2), needs[3:])
+
+
 def update_running(running_mean, running_var, mean, var, count, momentum: float) -> None:
     """nn.BatchNorm2d's: the unbiased variance enters the running one."""
     if running_mean is None:

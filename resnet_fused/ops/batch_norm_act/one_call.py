@@ -4,12 +4,11 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from ...dispatch import plans, registry
 from .._short import plain, unwatched
-from . import calls
+from . import calls, formulas
 from .training import BackwardCall, TrainingCall
 
 
@@ -72,12 +71,15 @@ class _Train(torch.autograd.Function):
         return y if call.pre_add is None else (y, total)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dtotal=None):
         needs = ctx.needs_input_grad[2:]  # x, weight, bias, residual, its weight and bias, pre_add
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask = ctx.saved_tensors
         dy = torch.zeros_like(z) if dy is None else dy
         bn = (z, weight, bias, mean, var, ctx.eps, residual, weight2, bias2, mean2, var2)
+        if torch.is_grad_enabled():  # create_graph=True
+            asked = (needs[0] or needs[6], *needs[1:6])
+            dx, *others = formulas.differentiable_backward(dy, *bn, mask, ctx.relu, dtotal, asked, True)
+            return None, None, dx if needs[0] else None, *others, dx if needs[6] else None
         call = BackwardCall(dy, *bn, mask, ctx.relu, dtotal, needs[0] or needs[6], needs[3])
         dx, dresidual, sum_dz, sum_xhat, sum_rhat = _gradients(ctx.route, call)
         return (

@@ -23,7 +23,6 @@ import operator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from ...dispatch import plans, registry
@@ -39,7 +38,7 @@ registry.add_operator(Call.op)
 
 
 class _ConvBNAct(torch.autograd.Function):
-    """Gradients of x, weight, bias and residual; BN is frozen."""
+    """Gradients of x, weight, bias and residual; BN is frozen. The backward pass is differentiable itself."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -51,7 +50,6 @@ class _ConvBNAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, bn_weight, mean, var, y = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.conv_args

@@ -69,9 +69,7 @@ def sums_kernel(
     residual_mean,
     residual_var,
     relu_mask,  # [M, ceil(C / 8)] uint8 or None
-    partial,  # [splits, C]: of dz
-    partial_xhat,  # [splits, C]: of dz * xhat
-    partial_rhat,  # [splits, C] or None: of dz * rhat
+    partial,  # [splits, 2 or 3, C]: of dz, of dz * xhat and, where the residual has its BN, of dz * rhat
     M,
     C,
     tiles,
@@ -101,21 +99,19 @@ def sums_kernel(
             sum_rhat += dz * centered2
         first_row += BLOCK_M
 
-    at = split * C + c
+    at = split * (2 if bn2 is None else 3) * C + c
     tl.store(partial + at, tl.sum(sum_dz, 0), c < C)
-    tl.store(partial_xhat + at, tl.sum(sum_xhat * bn[1], 0), c < C)
+    tl.store(partial + at + C, tl.sum(sum_xhat * bn[1], 0), c < C)
     if bn2 is not None:
-        tl.store(partial_rhat + at, tl.sum(sum_rhat * bn2[1], 0), c < C)
+        tl.store(partial + at + 2 * C, tl.sum(sum_rhat * bn2[1], 0), c < C)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
-    partial,  # [splits, C], as the next
-    partial_xhat,
-    partial_rhat,  # or None
+    partial,  # [splits, 2 or 3, C]
     sum_dz,  # [C], as the next
     sum_xhat,
-    sum_rhat,
+    sum_rhat,  # or None: then there are two
     C,
     splits,
     SPLITS: tl.constexpr,
@@ -124,11 +120,11 @@ def merge_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.arange(0, SPLITS)
     mask = (split < splits)[:, None] & (c < C)[None, :]
-    at = split[:, None] * C + c[None, :]
+    at = split[:, None] * (2 if sum_rhat is None else 3) * C + c[None, :]
     tl.store(sum_dz + c, tl.sum(tl.load(partial + at, mask, other=0.0), 0), c < C)
-    tl.store(sum_xhat + c, tl.sum(tl.load(partial_xhat + at, mask, other=0.0), 0), c < C)
-    if partial_rhat is not None:
-        tl.store(sum_rhat + c, tl.sum(tl.load(partial_rhat + at, mask, other=0.0), 0), c < C)
+    tl.store(sum_xhat + c, tl.sum(tl.load(partial + at + C, mask, other=0.0), 0), c < C)
+    if sum_rhat is not None:
+        tl.store(sum_rhat + c, tl.sum(tl.load(partial + at + 2 * C, mask, other=0.0), 0), c < C)
 
 
 @triton.jit

@@ -18,8 +18,7 @@ def statistics_kernel(
     x,  # [M, C], M = N * H * W
     pre_add,  # [M, C] or None
     total,  # [M, C] or None: x + pre_add
-    partial_mean,  # [splits, C], less the pivot
-    partial_m2,  # [splits, C]
+    partial,  # [splits, 2, C]: the mean less the pivot, and M2
     M,
     C,
     tiles,
@@ -62,16 +61,15 @@ def statistics_kernel(
     merged += tl.div_rn(tl.sum((mean - merged[None, :]) * n, 0), count)  # what the long sum's roundings lost
     mean -= merged[None, :]
     m2 += mean * mean * n
-    at = split * C + c
-    tl.store(partial_mean + at, merged, in_range)
-    tl.store(partial_m2 + at, tl.sum(m2, 0), in_range)
+    at = 2 * split * C + c
+    tl.store(partial + at, merged, in_range)
+    tl.store(partial + at + C, tl.sum(m2, 0), in_range)
 
 
 @triton.jit(do_not_specialize=["M", "splits", "rows"])
 def merge_kernel(
     z,  # [M, C]
-    partial_mean,  # [splits, C]
-    partial_m2,  # [splits, C]
+    partial,  # [splits, 2, C]: mean less the pivot, M2
     mean,  # [C]
     m2,  # [C] or None, as the next three
     var,
@@ -89,15 +87,15 @@ def merge_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.arange(0, SPLITS)
     mask = (split < splits)[:, None] & (c < C)[None, :]
-    at = split[:, None] * C + c[None, :]
+    at = 2 * split[:, None] * C + c[None, :]
     n = tl.minimum(M - split.to(tl.int64) * rows, rows)
     n = tl.where(split < splits, n, 0).to(tl.float32)[:, None]
-    means = tl.load(partial_mean + at, mask, other=0.0)
+    means = tl.load(partial + at, mask, other=0.0)
     count = M.to(tl.float32)
     merged = tl.div_rn(tl.sum(means * n, 0), count)
     merged += tl.div_rn(tl.sum((means - merged[None, :]) * n, 0), count)
     means -= merged[None, :]
-    m2s = tl.load(partial_m2 + at, mask, other=0.0) + means * means * n
+    m2s = tl.load(partial + at + C, mask, other=0.0) + means * means * n
     pivot = tl.load(z + c, c < C, other=0.0).to(tl.float32)
     tl.store(mean + c, pivot + merged, c < C)
     sum_m2 = tl.sum(m2s, 0)
@@ -191,9 +189,9 @@ def _plan_gather(x: Tensor) -> Callable[..., Tensor | None]:
 
     def run(x, pre_add, mean, m2, var, running_mean, running_var, momentum):
         total = None if pre_add is None else torch.empty_like(x, memory_format=torch.channels_last)
-        means, m2s = torch.empty((2, splits, C), dtype=torch.float32, device=x.device).unbind()
-        gather(x, pre_add, total, means, m2s)
-        merge(x if total is None else total, means, m2s, mean, m2, var, running_mean, running_var, numbers=(momentum,))
+        partial = torch.empty((splits, 2, C), dtype=torch.float32, device=x.device)
+        gather(x, pre_add, total, partial)
+        merge(x if total is None else total, partial, mean, m2, var, running_mean, running_var, numbers=(momentum,))
         return total
 
     return run

@@ -42,11 +42,10 @@ def plan_backward_sums(
         sums = (sum_dz, torch.empty_like(sum_dz), torch.empty_like(sum_dz) if two else None)
         if M == 0:
             return tuple(s if s is None else s.zero_() for s in sums)
-        partial = torch.empty((2 + two, splits, C), dtype=torch.float32, device=dy.device).unbind()
-        partial = partial if two else (*partial, None)
+        partial = torch.empty((splits, 2 + two, C), dtype=torch.float32, device=dy.device)
         residual = residual if reads_residual else None
-        gather(dy, z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, relu_mask, *partial)
-        merge(*partial, *sums)
+        gather(dy, z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, relu_mask, partial)
+        merge(partial, *sums)
         return sums
 
     return run
