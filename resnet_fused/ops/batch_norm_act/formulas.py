@@ -132,7 +132,7 @@ def backward_dx(
 def differentiable_backward(
     dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu, dtotal, needs, batch
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of z, weight, bias, residual, weight2 and bias2, those that `needs` asks for, with a graph of their own.
+    """Gradients of z, weight, bias, residual, weight2 and bias2, as `needs` asks, with a graph of their own.
 
     batch: the statistics are z's and the residual's, not given.
     """
