@@ -17,6 +17,8 @@ if VIRTUAL:
 
     virtual_gpu.install(int(VIRTUAL))
 
+os.environ.setdefault("RESNET_FUSED_CALIBRATE", "off")  # one choice everywhere; test_speed turns it on
+
 import torch  # noqa: E402
 
 torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))

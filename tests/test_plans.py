@@ -113,7 +113,7 @@ def test_training_is_one_call_each_way(served):
     versions = [v._version for v in bn[2:]]
     for _ in range(4):
         ops.batch_norm_act(x, *bn).sum().backward()
-    assert served == ["batch_norm_act_training", "batch_norm_act_backward", "batch_norm_act_backward"]
+    assert served == ["batch_norm_act_training", "batch_norm_act_backward"]
     assert all(v._version > before for v, before in zip(bn[2:], versions, strict=True))
     with Watching() as mode:
         ops.batch_norm_act(x, *bn).sum().backward()

@@ -17,10 +17,10 @@ class Plan(NamedTuple):
 
 
 kept: dict[Hashable, Plan] = {}
-short: dict[Hashable, Plan] = {}  # the same by the public function's own arguments, for calls that nothing watches
+short: dict[Hashable, Any] = {}  # what serves, by the public function's own arguments, calls that nothing watches
 
 
-def keep(plans: dict[Hashable, Plan], key: Hashable, plan: Plan) -> None:
+def keep(plans: dict[Hashable, Any], key: Hashable, plan: Any) -> None:
     if len(plans) >= KEPT:
         plans.clear()
     plans[key] = plan

@@ -4,6 +4,8 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
+
 from . import numerics, plans, registry, speed, trust
 from .plans import Plan
 
@@ -13,7 +15,7 @@ def serve(call: Any) -> Any:
     key = call.key(), registry.get_backend()
     plan = plans.kept.get(key)
     if plan is None:
-        plan = _decide(call)
+        plan = decide(call)
         if not trust.capturing(call[0].device):  # a capture puts checks off
             plans.keep(plans.kept, key, plan)
     if registry.listener is not None:
@@ -21,32 +23,97 @@ def serve(call: Any) -> Any:
     return plan.run(call)
 
 
-def _decide(call: Any) -> Plan:
-    """The first backend that can serve, is right on this device and, where that was timed, is the fastest."""
-    device, config = call[0].device, None
-    problem = call.problem()
-    tuned = speed.lookup(device, problem) if problem is not None else None
+def decide(call: Any, first: str | None = None) -> Plan:
+    """The first backend that can serve, is right on this device and, where that was timed, is the fastest.
+
+    first: a backend to try before all others.
+    """
+    device, config, times = call[0].device, None, timed(call)
+    tuned = _tuned(call)
+    if first is None:
+        first = tuned["backend"] if tuned is not None else min(times, key=lambda name: times[name], default=None)
 
     def serves(name: str) -> str | None:
         nonlocal config
-        reason = registry.unsupported(name, call)
-        if reason is None and name not in (registry.get_backend(), *registry.SPLITS_IN_AUTO):
-            reason = registry.splits(name, call)
-        if reason is None:
-            configs = registry.implementation(name, call.op).configs(call)
-            config = configs[0]
-            if tuned is not None and tuned["backend"] == name and tuned["config"] in configs:
-                config = tuned["config"]  # no other: the file may hold anything
-            reason = refused(name, call, config)
+        if tuned is not None and tuned["backend"] == registry.PLAIN:
+            return "eager was the fastest when this shape was tuned"
+        if tuned is None and times.get(name, 0.0) > times.get(registry.PLAIN, 0.0):
+            return slower(name, times)
+        config, reason = _configured(name, call, tuned)
         return reason
 
-    first = None if tuned is None else tuned["backend"]
     choice = registry.choose(call.name, device, serves, call.order(), first)
     config = None if choice.backend == registry.PLAIN else config
     split = registry.splits(choice.backend, call)
     if split is not None:
         choice = choice._replace(rejected=(*choice.rejected, (f"{choice.backend} in one kernel", split)))
+    if tuned is None and choice.backend in times:
+        choice = choice._replace(gain=times[registry.PLAIN] / times[choice.backend])
     return Plan(choice, registry.implementation(choice.backend, call.op).plan(call, config), config)
+
+
+def slower(name: str, times: dict[str, float]) -> str:
+    """Why eager serves, from `timed`."""
+    return f"{times[name]:.1f} us, eager {times[registry.PLAIN]:.1f} us"
+
+
+def _tuned(call: Any) -> dict[str, Any] | None:
+    """The winner among a problem's configurations."""
+    device, problem = call[0].device, call.problem()
+    if problem is None:
+        return None
+    found = speed.lookup(device, problem)
+    if found is None and speed.calibrates(device) and speed.mode() == "full" and not trust.capturing(device):
+        found = fastest(call, speed.cuda_timer)
+        speed.remember(device, problem, found)
+    return found
+
+
+def _configured(name: str, call: Any, tuned: dict[str, Any] | None = None) -> tuple[Any, str | None]:
+    """The configuration with which a backend that is there serves a call, and why it can't, or None."""
+    reason = registry.unsupported(name, call)
+    if reason is None and name not in (registry.get_backend(), *registry.SPLITS_IN_AUTO):
+        reason = registry.splits(name, call)
+    if reason is not None:
+        return None, reason
+    configs = registry.implementation(name, call.op).configs(call)
+    config = configs[0]
+    if tuned is not None and tuned["backend"] == name and tuned["config"] in configs:
+        config = tuned["config"]  # no other: the file may hold anything
+    return config, refused(name, call, config)
+
+
+def timed(call: Any) -> dict[str, float]:
+    """Microseconds of eager and of every trusted backend for a layer of this class: those kept, or measured now.
+
+    Empty where nothing is timed.
+    """
+    device, layer_class = call[0].device, call.layer_class()
+    if layer_class is None or not speed.calibrates(device):
+        return {}
+    found = speed.times(device, layer_class)
+    if found or trust.capturing(device) or call[0].numel() == 0:
+        return found
+    names = [n for n in registry.candidates(device, call.order()) if registry.unavailable(n, device) is None]
+    names = [name for name in names if _configured(name, call)[1] is None]
+    if not names:
+        return {}
+    listener, registry.listener = registry.listener, None  # what is timed is not the model's
+    try:
+        found = speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, device)
+    except torch.OutOfMemoryError:  # the table of guesses serves
+        return {}
+    finally:
+        registry.listener = listener
+    speed.keep_times(device, layer_class, found)
+    return found
+
+
+def trial(name: str, call: Any) -> speed.Launch:
+    """What is timed: a backend's plan with its default configuration, on copies of the call."""
+    implementation = registry.implementation(name, call.op)
+    run, calls = implementation.plan(call, implementation.configs(call)[0]), speed.rotated(call)
+    return lambda: run(next(calls))
 
 
 def refused(name: str, call: Any, config: Any) -> str | None:
@@ -68,7 +135,8 @@ def compare(name: str, call: Any, config: Any) -> str | None:
 def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:
     """Every verified candidate for a call is timed: the winner, for `speed.remember`."""
     times: list[tuple[float, str, Any]] = []
-    for backend in registry.candidates(call[0].device, call.order()):
+    plain = (registry.PLAIN,) if registry.get_backend() == "auto" else ()
+    for backend in (*plain, *registry.candidates(call[0].device, call.order())):
         if registry.unavailable(backend, call[0].device) or registry.unsupported(backend, call):
             continue
         implementation = registry.implementation(backend, call.op)

@@ -18,6 +18,11 @@ class BN(NamedTuple):
 NO_BN = BN(None, None, None, None)
 
 
+def power_of_two(rows: int) -> int:
+    """Rounded up: images of many sizes are few classes of layers."""
+    return 1 << max(0, rows - 1).bit_length()
+
+
 def metadata(call: Iterable[Any]) -> Hashable:
     """All of the fields but the tensors' values and addresses."""
     return tuple(

@@ -28,7 +28,12 @@ def plan(call: "StepCall", config: None) -> Callable[["StepCall"], tuple[Tensor,
 
 
 def _run(call: "StepCall") -> tuple[Tensor, ...]:
-    return tuple(
-        r if r.numel() == 0 else r.to(s.dtype).clone(memory_format=format_of(s))
-        for r, s in zip(call.plain(), call.fake(), strict=True)
-    )
+    given = {a.data_ptr() for a in call if isinstance(a, Tensor)}  # an operator's result is none of its arguments
+    return tuple(_promised(r, s, given) for r, s in zip(call.plain(), call.fake(), strict=True))
+
+
+def _promised(result: Tensor, promise: Tensor, given: set[int]) -> Tensor:
+    if result.numel() == 0:
+        return result
+    result = result.to(promise.dtype).contiguous(memory_format=format_of(promise))
+    return result.clone() if result.data_ptr() in given else result

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch import plans, registry
@@ -32,47 +31,12 @@ from .._calls import BN, NO_BN
 from .._short import plain, unwatched
 from . import calls, formulas
 from .calls import ApplyCall
-from .one_call import keyed, run, train
+from .one_call import keyed, train
+from .reference import Vectors, reference
 from .tape import tape
 from .training import TrainingCall
 
 __all__ = ["batch_norm_act", "reference"]
-
-Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, bias, running_mean, running_var
-
-
-def reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    residual_bn: Vectors | None = None,
-    pre_add: Tensor | None = None,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    act: str = "relu",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`batch_norm_act` in plain PyTorch, in torchvision's order."""
-    if pre_add is not None:
-        x = x + pre_add
-    y = _batch_norm(x, (weight, bias, running_mean, running_var), training, momentum, eps)
-    if residual is not None:
-        if residual_bn is not None:
-            residual = _batch_norm(residual, residual_bn, training, momentum, eps)
-        y = y + residual
-    if act == "relu":
-        y = F.relu(y)
-    return y if pre_add is None else (y, x)
-
-
-def _batch_norm(x: Tensor, bn: Vectors, training: bool, momentum: float, eps: float) -> Tensor:
-    weight, bias, mean, var = bn
-    return F.batch_norm(x, mean, var, weight, bias, training or mean is None, momentum, eps)
-
 
 _FUSED = (calls.statistics, calls.apply, calls.backward_sums, calls.backward_dx)
 _PLAIN = (formulas.statistics, formulas.apply, formulas.backward_sums, formulas.backward_dx)
@@ -242,8 +206,8 @@ def batch_norm_act(
             ),
         )
         key = (*keyed(call), act)
-        if (route := plans.short.get(key)) is not None:
-            return run(route, call)
+        if (serves := plans.short.get(key)) is not None:
+            return serves(call)
 
     _checks.image("x", x)
     _checks.act(act)

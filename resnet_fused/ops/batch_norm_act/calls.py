@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import numerics, registry
-from .._calls import metadata
+from .._calls import metadata, power_of_two
 from .._library import register
 from . import formulas
 
@@ -100,6 +100,19 @@ class Step:
     def problem(self) -> None:
         """Nothing is tuned."""
 
+    def layer_class(self) -> str | None:
+        """Calls of one class are as fast as each other: what is timed once; None where nothing is."""
+        return None
+
+    def trial(self, backend: str) -> Callable[[], Any]:
+        """What is timed of a backend."""
+        return dispatch.trial(backend, self)
+
+    def _class(self, *flags: object) -> str:
+        N, C, H, W = self[0].shape
+        given = "".join(str(int(bool(f))) for f in flags)
+        return f"{self.step} {str(self[0].dtype).removeprefix('torch.')} M{power_of_two(N * H * W)}xC{C} {given}"
+
 
 class _Statistics(NamedTuple):
     x: Tensor
@@ -159,6 +172,10 @@ class ApplyCall(_Apply, Step):
 
     def vectors(self) -> tuple[Tensor | None, ...]:
         return (*self[1:5], *self[7:11])
+
+    def layer_class(self) -> str | None:
+        given = (t is not None for t in (self.mean, self.residual, self.residual_mean, self.pre_add))
+        return None if self.save_mask else self._class(*given, self.relu)
 
     @staticmethod
     def _fake(x, *args):

@@ -1,15 +1,18 @@
 """A BN in training as one autograd node: one call forward, one backward, which go to their plans."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...dispatch import plans, registry
+from ...dispatch import plans, registry, speed, trust
 from .._short import plain, unwatched
 from . import calls, formulas
 from .training import BackwardCall, TrainingCall
+
+_DIFFERENTIABLE = ("x", "weight", "bias", "residual", "residual_weight", "residual_bias", "pre_add")
 
 
 class Route:
@@ -36,11 +39,41 @@ def keyed(call: TrainingCall) -> tuple:
 
 def train(key: Hashable, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
     """A valid call of plain tensors, of a kind that was not seen yet."""
+    times = dispatch.timed(call)
+    if min(times, key=lambda name: times[name], default=None) == registry.PLAIN:
+        slower = tuple((name, dispatch.slower(name, times)) for name in times if name != registry.PLAIN)
+        serves = partial(_eager, registry.Choice(registry.PLAIN, slower))
+        plans.keep(plans.short, key, serves)
+        return serves(call)
     y = run(None, call)
     plan = plans.kept.get((call.key(), registry.get_backend()))
     if plan is not None:
-        plans.keep(plans.short, key, Route(plan))
+        plans.keep(plans.short, key, partial(run, Route(plan)))
     return y
+
+
+def _eager(choice: registry.Choice, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
+    registry.record(call.op, choice)
+    return call.eager()
+
+
+def trial(backend: str, call: TrainingCall) -> Callable[[], None]:
+    """What is timed of a backend: forward and backward on copies of the call."""
+    calls, dy = speed.rotated(call), torch.ones_like(call.x)
+    serves = TrainingCall.eager
+    if backend != registry.PLAIN:
+        plan = registry.implementation(backend, call.op).plan(call, None)
+        serves = partial(run, Route(plans.Plan(registry.Choice(backend, ()), plan)))
+
+    def launch() -> None:
+        copy = next(calls)
+        given = {n: t for n in _DIFFERENTIABLE if (t := getattr(copy, n)) is not None}
+        leaves = {n: t.detach().requires_grad_() for n, t in given.items()}
+        with torch.enable_grad():
+            y = serves(copy._replace(**leaves))
+        torch.autograd.grad(y if isinstance(y, Tensor) else y[0], list(leaves.values()), dy)
+
+    return launch
 
 
 def run(route: Route | None, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
@@ -111,8 +144,7 @@ def _gradients(route: Route | None, call: BackwardCall) -> tuple[Tensor, ...]:
     plan = route.backward.get(kind)
     if plan is not None:
         return plan.run(call)
-    results = dispatch.serve(call)
-    plan = plans.kept.get((call.key(), registry.get_backend()))
-    if plan is not None:
+    plan = dispatch.decide(call, route.plan.choice.backend)
+    if not trust.capturing(dy.device):
         route.backward[kind] = plan
-    return results
+    return plan.run(call)

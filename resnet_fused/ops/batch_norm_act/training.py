@@ -3,13 +3,14 @@
 They stand for the four steps where nothing looks at operators; compilers, modes and SyncBatchNorm see the steps.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 from . import formulas
 from .calls import ApplyCall, DxCall, StatisticsCall, Step, SumsCall
+from .reference import reference
 
 
 class _Training(NamedTuple):
@@ -78,6 +79,16 @@ class TrainingCall(_Training, Step):
         self.update_running(*results[3:])
         return results
 
+    def eager(self) -> Tensor | tuple[Tensor, Tensor]:
+        """The public function's result by PyTorch's own operators and their autograd."""
+        running = self.running_mean, self.running_var
+        bn2 = self[8:12] if self.two_bn else None
+        return reference(
+            *(self.x, self.weight, self.bias, *running),
+            **dict(residual=self.residual, residual_bn=bn2, pre_add=self.pre_add, training=True),
+            **dict(momentum=self.momentum, eps=self.eps, act="relu" if self.relu else "none"),
+        )
+
     def key(self) -> Hashable:
         return super(TrainingCall, self._replace(momentum=0.0)).key()
 
@@ -98,6 +109,15 @@ class TrainingCall(_Training, Step):
 
     def vectors(self) -> tuple[Tensor | None, ...]:
         return (*self[1:5], *self[8:12])
+
+    def layer_class(self) -> str:
+        return self._class(self.residual is not None, self.two_bn, self.pre_add is not None, self.relu)
+
+    def trial(self, backend: str) -> Callable[[], Any]:
+        """Forward and backward, as autograd runs them."""
+        from .one_call import trial  # it stands on this module
+
+        return trial(backend, self)
 
     def fake(self) -> tuple[Tensor, ...]:
         y, mask, _ = ApplyCall._fake(self.x, None, self.relu, self.save_mask)

@@ -1,14 +1,15 @@
 """The schema of `conv_bn_act`, its record of a call, and what it is in plain PyTorch."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import dispatch
 from ...dispatch import numerics
-from .._calls import BN, metadata
+from .._calls import BN, metadata, power_of_two
 
 Pair = int | tuple[int, int]
 
@@ -118,9 +119,21 @@ class Call(NamedTuple):
 
     def problem(self) -> str:
         """One layer's problem, for `tune`: everything that the fastest choice depends on."""
-        numbers = (*self.x.shape, *self.weight.shape, *self.stride, *self.padding, *self.dilation, self.groups)
+        return self._problem(*self.x.shape)
+
+    def layer_class(self) -> str:
+        """The problem with its output's rows rounded up to a power of two: what is timed once."""
+        N, _, P, Q = out_shape(self.x, self.weight, self.stride, self.padding, self.dilation)
+        return self._problem(f"M{power_of_two(N * P * Q)}", self.x.shape[1])
+
+    def _problem(self, *images: object) -> str:
+        numbers = (*images, *self.weight.shape, *self.stride, *self.padding, *self.dilation, self.groups)
         flags = f"{'+add' if self.residual is not None else ''}{'+relu' if self.relu else ''}"
         return f"{str(self.x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}"
+
+    def trial(self, backend: str) -> Callable[[], Tensor]:
+        """What is timed of a backend."""
+        return dispatch.trial(backend, self)
 
 
 def out_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
