@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..dispatch import registry
 
 ACTS = ("relu", "none")
 
@@ -41,9 +44,19 @@ def act(value: str) -> None:
 
 
 def transformed() -> str | None:
-    """Why no kernel may serve under `torch.func`'s grad, vjp, jvp and vmap, or None outside them."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    """Why no kernel may serve where PyTorch looks into operators, or None where it does not.
+
+    What `auto` traces or exports is plain PyTorch, so that it runs without this package.
+    """
+    if torch.compiler.is_compiling():
+        exports = torch.compiler.is_exporting() and registry.get_backend() == "auto"
+        return "torch.export gets plain PyTorch; a forced backend's operators are exported as such" if exports else None
+    if torch._C._are_functorch_transforms_active():
         return "torch.func transforms PyTorch's own operators only"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation knows PyTorch's own operators only"
+    if torch._C._get_tracing_state() is not None and registry.get_backend() == "auto":
+        return "torch.jit.trace gets plain PyTorch; a forced backend's operators are traced as such"
     return None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # other classes may have a say in what operators do
 
@@ -19,12 +19,13 @@ def _plain(t: Tensor) -> bool:
 
 
 def unwatched() -> bool:
-    """Nothing looks at operators: no compiler, gradient, tracer, transform, mode or profiler."""
+    """Nothing looks at operators: no compiler, tracer, transform, dual number, mode or profiler."""
     return not (
         torch.compiler.is_compiling()  # first: a compiler knows it, and none of the others
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
     )
