@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import errno
 import json
-import platform
 import sys
 import threading
 import urllib.request
@@ -15,11 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import models
+from . import info, models
 from ._version import __version__
 from .bench.engine import resolve_device as _device
 from .dispatch import registry
-from .dispatch.store import installed_version
 from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
@@ -194,7 +192,7 @@ def _default_weights(model: str) -> WeightsArg:
 
 def _unreachable(url: str, seconds: float = 5) -> str | None:
     """Why `url` can't be downloaded, or None; asked in a thread, for name resolution knows no timeout."""
-    answer = [f"no answer within {seconds:g} s"]
+    answer: list[str | None] = [f"no answer within {seconds:g} s"]
 
     def ask() -> None:
         try:
@@ -242,65 +240,8 @@ def _info(args: argparse.Namespace) -> int:
         from .models import costs
 
         rows = costs.table()
-        print(json.dumps(rows, indent=2) if args.json else _models_text(rows))
+        print(json.dumps(rows, indent=2) if args.json else info.models_text(rows))
         return 0
-    info = _collect_info()
-    print(json.dumps(info, indent=2) if args.json else _info_text(info))
+    found = info.collect()
+    print(json.dumps(found, indent=2) if args.json else info.text(found))
     return 0
-
-
-def _collect_info() -> dict[str, Any]:
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {
-            "resnet_fused": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": installed_version("torchvision"),
-            "triton": installed_version("triton"),
-            "cuda": torch.version.cuda,
-        },
-        "devices": {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-        | {str(d): _gpu(d) for d in gpus},
-        "extension": registry.extension(),
-        "backend": registry.get_backend(),
-        "backends": {
-            str(device): {name: registry.unavailable(name, device) for name in registry.BACKENDS}
-            for device in (torch.device("cpu"), *(gpus or [torch.device("cuda")]))
-        },
-    }
-
-
-def _gpu(device: torch.device) -> str:
-    p = torch.cuda.get_device_properties(device)
-    return f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-
-
-def _info_text(info: dict[str, Any]) -> str:
-    lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
-    lines += ["CUDA extension _C", *_rows(info["extension"])]
-    if reason := registry.unknown(info["backend"]):
-        lines += ["", reason]
-    for device, backends in info["backends"].items():
-        here = "" if device in info["devices"] else ", none here"
-        lines += ["", f"backends on {device} (in use: {info['backend']}{here})"]
-        lines += _rows({name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()})
-    return "\n".join(lines)
-
-
-def _rows(values: dict[str, Any]) -> list[str]:
-    return [f"  {key:14}{'none' if value is None else value}" for key, value in values.items()]
-
-
-def _models_text(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'model':52}{'image':>5}{'parameters':>14}{'multiply-adds':>16}"]
-    for row in rows:
-        name = ", ".join([row["model"], *(f"{key}={value}" for key, value in row["arguments"].items())])
-        size, parameters, multiply_adds = row["image_size"], row["parameters"] / 1e6, row["multiply_adds"] / 1e9
-        lines.append(f"{name:52}{size:5}{parameters:12.2f} M{multiply_adds:14.3f} G")
-    lines += ["", "Multiply-adds are those of the convolutions and linear layers for one image, from their shapes."]
-    lines += [
-        "The paper's ResNet-50, 101 and 152 have the stride on the first 1x1 convolution, torchvision's on the 3x3."
-    ]
-    lines += ["VGG is torchvision's."]
-    return "\n".join(lines)

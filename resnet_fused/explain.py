@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import layers
 from .dispatch import registry
+from .layers.steps import Fusable
 
 
 @dataclass
@@ -54,7 +55,7 @@ class _Explainer:
     def end(self) -> None:
         self.open.pop()
 
-    def joined(self, inner: layers.Step) -> None:
+    def joined(self, inner: Fusable) -> None:
         """The shortcut's BN runs in the pass of the step that is open."""
         self._row(inner).ran = [f"in {self.open[-1].layer}'s pass"]
 
@@ -72,12 +73,13 @@ class _Explainer:
         kind = type(module).__name__
         self.rows[module] = Row(self.names[module], kind, ["PyTorch"], [f"no fused kernel replaces {kind}"])
 
-    def _row(self, step: layers.Step, add: bool = False, takes_over: bool = False) -> Row:
+    def _row(self, step: layers.Step | Fusable, add: bool = False, takes_over: bool = False) -> Row:
         """takes_over: the BN adds what the block before it left unadded."""
         of = {m: type(m).__name__ for m in (step.conv, step.bn, step.act) if m is not None}
         parts = ["add"] * takes_over + [of[m] for m in (step.conv, step.bn) if m in of] + ["add"] * add
         parts += [of[step.act]] if step.act is not None else []
         key = step.bn if step.conv is None else step.conv
+        assert key is not None  # a step has one of them
         row = Row(self.names.get(key, "?"), " + ".join(parts))
         self.rows[key] = row
         for module in of:

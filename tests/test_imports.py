@@ -15,7 +15,7 @@ RANKS = [
     {"analysis"},
     {"evaluation"},
     {"bench", "train", "__init__"},
-    {"testing", "explain", "tune"},
+    {"testing", "explain", "tune", "info"},
     {"graphs"},
     {"models"},
     {"layers", "fetch"},
@@ -25,7 +25,7 @@ RANKS = [
 ]
 STANDALONE = {"_version"}  # imports nothing of the package
 NAMES = {"triton", "cudnn", "onednn", "eager"}  # "cuda" is PyTorch's name of a device, too
-VERSIONS = {"cli.py", "bench/report.py"}  # say which version of triton and cudnn there is
+VERSIONS = {"info.py", "bench/report.py"}  # say which version of triton and cudnn there is
 
 
 def rank(part: str) -> int:

@@ -298,3 +298,14 @@ def test_deepcopies_are_independent():
     twin = copy.deepcopy(ours)
     edit_in_place(ours)
     assert_same(twin, theirs, "triton")
+
+
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_a_frozen_bn_without_bias_is_served(backend):
+    ours, theirs = twins()
+    for m in (*ours.modules(), *theirs.modules()):
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias = None
+            m.requires_grad_(False)
+    with resnet_fused.backend(backend):
+        torch.testing.assert_close(ours(X), theirs(X), rtol=1e-4, atol=1e-4)

@@ -205,7 +205,7 @@ def test_a_subclass_may_call_forward_impl():
 
 def test_pretrained_is_taken_as_torchvision_takes_it(monkeypatch):
     asked = []
-    monkeypatch.setattr(resnet_fused.models.resnet, "resolve", lambda name, weights: asked.append((name, weights)))
+    monkeypatch.setattr(resnet_fused.models.network, "resolve", lambda name, weights: asked.append((name, weights)))
     with pytest.warns(UserWarning, match="'pretrained' is deprecated; it stands for weights='IMAGENET1K_V1'"):
         resnet_fused.resnet18(pretrained=True)
     with pytest.warns(UserWarning, match="'pretrained' is deprecated; it stands for weights=None"):

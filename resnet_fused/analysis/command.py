@@ -1,9 +1,10 @@
 """The options and the output of `resnet-fused analyze`."""
 
 import argparse
+import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def _responses(args: argparse.Namespace, device: torch.device) -> dict[str, Valu
 
 def _lesions(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[float, Values]]:
     networks, samples = load(args)
-    return {n.name: lesions(n.model.to(device), lambda n=n: _batches(args, n, samples, device)) for n in networks}
+    return {
+        n.name: lesions(n.model.to(device), functools.partial(_batches, args, n, samples, device)) for n in networks
+    }
 
 
 def _batches(args: argparse.Namespace, network: Network, samples: Samples, device: torch.device) -> Iterable[Batch]:
@@ -112,7 +115,8 @@ def _twins(name: str) -> list[str]:
     return pair if set(pair) <= set(models.list_models()) else [name]
 
 
-_MEASURES = {"responses": _responses, "gradients": _gradients, "lesions": _lesions}
+Measure = Callable[[argparse.Namespace, torch.device], dict[str, Any]]
+_MEASURES: dict[str, Measure] = {"responses": _responses, "gradients": _gradients, "lesions": _lesions}
 _TITLES = {
     "responses": "standard deviation of the layers' responses, after BN and before the nonlinearity",
     "gradients": "norm of the loss's gradient by every layer's weight, in train mode",
@@ -143,9 +147,9 @@ def _text(result: dict[str, Any]) -> str:
 
 def _table(measure: str, network: dict[str, Any]) -> list[str]:
     if measure == "lesions":
-        rows = [(row["block"], row["error"], f"{row['change']:+9.2f}") for row in network["blocks"]]
+        blocks = [(row["block"], row["error"], f"{row['change']:+9.2f}") for row in network["blocks"]]
         return [
-            f"  {name:24}{error:9.2f}{change}" for name, error, change in [("(whole)", network["error"], ""), *rows]
+            f"  {name:24}{error:9.2f}{change}" for name, error, change in [("(whole)", network["error"], ""), *blocks]
         ]
     rows = [tuple(row.values()) for row in network["layers"]]
     if measure == "gradients":

@@ -61,8 +61,8 @@ def gradient_norms(model: nn.Module, x: Tensor, labels: Tensor) -> Values:
     """
     model = copy.deepcopy(model).train()
     F.cross_entropy(model(x), labels).backward()
-    layers = [(name, m.weight.grad) for name, m in _main_path(model) if isinstance(m, (nn.Conv2d, nn.Linear))]
-    norms = torch.stack([grad.norm() for _, grad in layers]).tolist()
+    layers = [(name, m.weight) for name, m in _main_path(model) if isinstance(m, (nn.Conv2d, nn.Linear))]
+    norms = torch.stack([w.grad.norm() for _, w in layers if w.grad is not None]).tolist()
     return [(name, norm) for (name, _), norm in zip(layers, norms, strict=True)]
 
 
@@ -81,12 +81,11 @@ def lesions(model: nn.Module, batches: Callable[[], Iterable[Batch]]) -> tuple[f
         raise ValueError("lesions need shortcuts: of a plain network's block nothing would be left")
     whole, values = evaluate(model, batches()).error, []
     for name, block in blocks:
-        stage, _, i = name.rpartition(".")
-        model.get_submodule(stage)[int(i)] = ShortcutOnly(block)
+        model.set_submodule(name, ShortcutOnly(block))
         try:
             values.append((name, evaluate(model, batches()).error))
         finally:
-            model.get_submodule(stage)[int(i)] = block
+            model.set_submodule(name, block)
     return whole, values
 
 

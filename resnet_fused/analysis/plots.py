@@ -62,6 +62,6 @@ def _save(path: Path, draw: Callable[[Figure], None], size: tuple[float, float])
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     for axes in figure.axes:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

@@ -13,7 +13,9 @@ from .layout import dense_call, filled, is_dense
 if TYPE_CHECKING:
     from ..ops.batch_norm_act.calls import StepCall
 
-Planner = Callable[..., Callable[..., tuple[Tensor, ...]]]  # arguments -> a launcher for all like them
+Results = tuple[Tensor | None, ...]
+Planner = Callable[..., Callable[..., Results]]  # arguments -> a launcher for all like them
+Run = Callable[[Any], Results]  # of a call
 
 
 def unsupported(call: "StepCall") -> str | None:
@@ -31,7 +33,7 @@ def kernel_class(call: "StepCall") -> str:
     return f"{x.dtype}/C{min(x.shape[1], 256)}/{x.shape[1] % 16}/{given}"
 
 
-def plan(call: "StepCall", planners: dict[str, Planner]) -> Callable[["StepCall"], tuple[Tensor, ...]]:
+def plan(call: Any, planners: dict[str, Planner]) -> Run:
     """The step that the call is of, with every tensor made dense."""
     copies = not all(map(is_dense, call))
     call = dense_call(call)
@@ -40,14 +42,14 @@ def plan(call: "StepCall", planners: dict[str, Planner]) -> Callable[["StepCall"
         return partial(_on_copies, run_call) if copies else run_call
     run = _apply(call, planners) if call.step == "apply" else planners[call.step](*call)
 
-    def run_step(call: "StepCall") -> tuple[Tensor, ...]:
+    def run_step(call: Any) -> Results:
         call = dense_call(call) if copies else call
         return filled(run(*call), call.mean if call.step == "backward_sums" else call[0])
 
     return run_step
 
 
-def _on_copies(run: Callable[[Any], tuple[Tensor, ...]], call: Any) -> tuple[Tensor, ...]:
+def _on_copies(run: Run, call: Any) -> Results:
     """What a step writes in place goes back where it came from."""
     copy = dense_call(call)
     results = run(copy)
@@ -57,7 +59,7 @@ def _on_copies(run: Callable[[Any], tuple[Tensor, ...]], call: Any) -> tuple[Ten
     return results
 
 
-def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., tuple[Tensor, ...]]:
+def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., Results]:
     """y, the ReLU's mask and x + pre_add, of which the last two may have no elements."""
     if not call.save_mask:
         one_pass = planners["apply"](*call[:-1])
@@ -77,7 +79,7 @@ def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., tuple[Tenso
     return run_with_mask
 
 
-def _training(call: Any, planners: dict[str, Planner]) -> Callable[[Any], tuple[Tensor, ...]]:
+def _training(call: Any, planners: dict[str, Planner]) -> Run:
     """Statistics, running statistics and the pass that normalises."""
     updates = "batch_statistics" in planners
     whole = planners["batch_statistics"] if updates else partial(_batch_statistics, planners)
@@ -89,7 +91,7 @@ def _training(call: Any, planners: dict[str, Planner]) -> Callable[[Any], tuple[
     else:
         one_pass = planners["apply"](call.x, *call[1:3], None, None, eps, *call[7:10], None, None, None, relu)
 
-    def run(call: Any) -> tuple[Tensor, ...]:
+    def run(call: Any) -> Results:
         x, weight, bias, running_mean, running_var, momentum, _, residual, weight2, bias2, *running2, _, pre_add = call[
             :14
         ]
@@ -121,12 +123,12 @@ def _batch_statistics(planners: dict[str, Planner], x, pre_add, running_mean, ru
     return run
 
 
-def _backward(call: Any, planners: dict[str, Planner]) -> Callable[[Any], tuple[Tensor, ...]]:
+def _backward(call: Any, planners: dict[str, Planner]) -> Run:
     sums = planners["backward_sums"](*call[:14])
     two, rest = call.residual_mean is not None, call[14:]
     gradients = planners["backward_dx"](*call[:14], None, None, None, None, *rest)
 
-    def run(call: Any) -> tuple[Tensor, ...]:
+    def run(call: Any) -> Results:
         common, rest = call[:14], call[14:]
         sum_dz, sum_xhat, sum_rhat = sums(*common)
         dx, dresidual = gradients(*common, sum_dz, sum_xhat, sum_rhat if two else None, None, *rest)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..ops.conv_bn_act import Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what fused kernels serve
+Pass = Callable[..., tuple[Tensor, Tensor | None]]  # arguments -> y, x + pre_add
 
 
 def dtypes_unsupported(call: "Call", uniform: bool) -> str | None:
@@ -41,8 +42,9 @@ def with_dense_vectors(call: "Call", run: Callable[["Call"], Tensor]) -> Callabl
 
 def dense_vectors(call: "Call") -> "Call":
     names = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
-    vectors = {name: getattr(call, name) for name in names}
-    return call._replace(**{name: None if v is None else v.contiguous() for name, v in vectors.items()})
+    vectors: dict[str, Any] = {name: getattr(call, name) for name in names}
+    vectors |= {name: v.contiguous() for name, v in vectors.items() if v is not None}
+    return call._replace(**vectors)
 
 
 def classed(call: "Call", config: dict[str, Any] | None) -> str:
@@ -54,9 +56,9 @@ def classed(call: "Call", config: dict[str, Any] | None) -> str:
     return f"{call.x.dtype}/{kernel}/{given}/{call.relu}/tf32={call.allow_tf32()}/{tile}"
 
 
-def conv_then(plan_pass: Callable[..., Callable[..., tuple[Tensor, Tensor]]]) -> Callable[["Call"], Tensor]:
+def conv_then(plan_pass: Callable[..., Pass]) -> Callable[["Call"], Tensor]:
     """PyTorch's convolution, then one pass of BN, add and ReLU."""
-    one_pass: Callable[..., tuple[Tensor, Tensor]] | None = None
+    one_pass: Pass | None = None
 
     def run(call: "Call") -> Tensor:
         nonlocal one_pass

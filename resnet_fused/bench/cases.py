@@ -1,11 +1,14 @@
 """What a suite measures: the variants' models, one call of each, and how far it is from float64 torchvision."""
 
+import abc
 import contextlib
 import functools
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from .report import Result
 from .timing import peak_mib
 
 TORCHVISION = ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
-COMPILED = {
+COMPILED: dict[str, dict[str, Any]] = {
     "torchvision-compile": {},
     "torchvision-compile+graph": {"mode": "reduce-overhead"},
     "torchvision-max-autotune": {
@@ -40,8 +43,41 @@ VARIANTS = (
 )
 
 
-class Case:
+class Case(abc.ABC):
     """One model with its weights and images, and what torchvision makes of them; subclasses say what a call is."""
+
+    what: str  # is compared
+    trains: bool
+
+    @property
+    @abc.abstractmethod
+    def stored(self) -> torch.dtype:
+        """Of weights and images."""
+
+    @abc.abstractmethod
+    def grad_mode(self) -> AbstractContextManager: ...
+
+    @abc.abstractmethod
+    def autocast(self) -> AbstractContextManager: ...
+
+    @abc.abstractmethod
+    def _exact(self) -> list[Tensor]:
+        """The results of float64 torchvision."""
+
+    @abc.abstractmethod
+    def _error(self, found: list[Tensor]) -> float: ...
+
+    @abc.abstractmethod
+    def _size(self) -> float:
+        """Of the results, for the rounding that is allowed."""
+
+    @abc.abstractmethod
+    def _call(self, net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, backend: str) -> Callable[[], Tensor]:
+        """One call of `run`, which is net or what it was compiled or captured to."""
+
+    @abc.abstractmethod
+    def _results(self, net: nn.Module, y: Tensor) -> list[Tensor]:
+        """What is compared, after a call that returned y."""
 
     def __init__(
         self, torchvision: ModuleType, model: str, batch: int, image_size: int, dtype: torch.dtype, device: torch.device
@@ -54,7 +90,7 @@ class Case:
         with self.grad_mode():
             self.expected = self._exact()
             net = self._build("torchvision-nhwc")
-            self.nhwc = self._results(net, self._call(net, self.inputs["nhwc"], "auto")())
+            self.nhwc = self._results(net, self._call(net, net, self.inputs["nhwc"], "auto")())
         own_error = self._error(self.nhwc)
         if not math.isfinite(own_error):
             raise ValueError(f"torchvision's own {model} has no finite {self.what} in {dtype}: nothing to compare with")
@@ -71,19 +107,20 @@ class Case:
                 raise registry.BackendUnavailable(f"the suite {'training' if self.trains else 'inference'} has none")
             if name in GRAPHED and self.device.type != "cuda":
                 raise registry.BackendUnavailable(f"CUDA graphs need a CUDA device, this is {self.device}")
+            run: Callable[[Tensor], Tensor] = net
             if name in COMPILED:
                 torch.compiler.reset()  # a size seen before would make the graph dynamic
-                net = torch.compile(net, dynamic=False, **COMPILED[name])
+                run = torch.compile(net, dynamic=False, **COMPILED[name])
             elif name in GRAPHED:
-                net = graphed(net, x)
-            call = self._call(net, x, backend)
+                run = graphed(net, x)
+            call = self._call(net, run, x, backend)
             with self.grad_mode():
                 found = self._results(net, call())
                 result.error = self._error(found)
                 result.bit_identical = all(map(torch.equal, found, self.nhwc))
                 del found  # gradients
                 result.peak_mib = peak_mib(call, held, self.device)
-                if isinstance(net, nn.Module) and name.startswith("resnet_fused"):
+                if name not in GRAPHED and name.startswith("resnet_fused"):
                     with registry.backend(backend), self.autocast():
                         result.ran = dict(Counter(entry for row in explain(net, x) for entry in row.ran))
         except Exception as error:  # whatever stops one variant, the others are still measured
@@ -110,12 +147,16 @@ class Inference(Case):
     """The forward pass in eval mode, weights and images in the dtype; the logits are compared as they are."""
 
     what, trains = "logits", False
-    grad_mode = staticmethod(torch.inference_mode)
-    autocast = staticmethod(contextlib.nullcontext)
 
     @property
     def stored(self) -> torch.dtype:
         return self.dtype
+
+    def grad_mode(self) -> AbstractContextManager:
+        return torch.inference_mode()
+
+    def autocast(self) -> AbstractContextManager:
+        return contextlib.nullcontext()
 
     def _exact(self) -> list[Tensor]:
         oracle = self._build("torchvision-nchw").double()
@@ -128,11 +169,11 @@ class Inference(Case):
     def _size(self) -> float:
         return _max_abs(self.expected[0])
 
-    def _call(self, net: nn.Module, x: Tensor, backend: str) -> Callable[[], Tensor]:
-        return functools.partial(_forward, net, x, backend)
+    def _call(self, net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, backend: str) -> Callable[[], Tensor]:
+        return functools.partial(_forward, run, x, backend)
 
-    def _results(self, net: nn.Module, logits: Tensor) -> list[Tensor]:
-        return [logits]
+    def _results(self, net: nn.Module, y: Tensor) -> list[Tensor]:
+        return [y]
 
 
 class Training(Case):
@@ -143,9 +184,11 @@ class Training(Case):
     """
 
     what, trains, stored = "loss and gradients", True, torch.float32
-    grad_mode = staticmethod(torch.enable_grad)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def grad_mode(self) -> AbstractContextManager:
+        return torch.enable_grad()
+
+    def autocast(self) -> AbstractContextManager:
         low = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
 
@@ -163,16 +206,16 @@ class Training(Case):
     def _size(self) -> float:
         return 1.0
 
-    def _call(self, net: nn.Module, x: Tensor, backend: str) -> Callable[[], Tensor]:
+    def _call(self, net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, backend: str) -> Callable[[], Tensor]:
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
         # a scale at which no float16 gradient of these weights overflows, or the first step would be skipped
         scales = self.dtype == torch.float16 and self.device.type == "cuda"
         scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=scales)
-        return functools.partial(self._step, net, x, _labels(x), backend, optimizer, scaler)
+        return functools.partial(self._step, run, x, _labels(x), backend, optimizer, scaler)
 
     def _step(
         self,
-        net: nn.Module,
+        run: Callable[[Tensor], Tensor],
         x: Tensor,
         labels: Tensor,
         backend: str,
@@ -182,14 +225,14 @@ class Training(Case):
         optimizer.zero_grad()
         with registry.backend(backend):
             with self.autocast():
-                loss = F.cross_entropy(net(x), labels)
+                loss = F.cross_entropy(run(x), labels)
             scaler.scale(loss).backward()
         scaler.step(optimizer)  # leaves the gradients unscaled
         scaler.update()
         return loss.detach()
 
-    def _results(self, net: nn.Module, loss: Tensor) -> list[Tensor]:
-        return [loss, *(p.grad for p in net.parameters())]
+    def _results(self, net: nn.Module, y: Tensor) -> list[Tensor]:
+        return [y, *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
 SUITES: dict[str, type[Case]] = {"inference": Inference, "training": Training}
@@ -199,9 +242,9 @@ def _labels(x: Tensor) -> Tensor:
     return torch.arange(len(x), device=x.device) % 1000
 
 
-def _forward(net: nn.Module, x: Tensor, backend: str) -> Tensor:
+def _forward(run: Callable[[Tensor], Tensor], x: Tensor, backend: str) -> Tensor:
     with registry.backend(backend):
-        return net(x)
+        return run(x)
 
 
 def _realistic_state(torchvision: ModuleType, model: str, image_size: int) -> dict[str, Tensor]:

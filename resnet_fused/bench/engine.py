@@ -89,7 +89,7 @@ def run(
         for name in track(list(dict.fromkeys(names)), "checking"):
             result, call = case.prepare(name)
             report.results.append(result)
-            if result.status == "measured":
+            if call is not None and result.status == "measured":
                 calls[name] = call
         with case.grad_mode():
             samples = time_rounds(calls, rounds or 10, target, seconds=math.inf if rounds else 40, track=track)

@@ -36,9 +36,9 @@ def narrowed(model: nn.Module) -> nn.Module:
             m.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
             m.in_channels = m.out_channels = CHANNELS
         elif isinstance(m, nn.BatchNorm2d):
-            m.__init__(CHANNELS)
+            nn.BatchNorm2d.__init__(m, CHANNELS)
         elif isinstance(m, nn.Linear):
-            m.__init__(CHANNELS, 10)
+            nn.Linear.__init__(m, CHANNELS, 10)
         elif isinstance(m, PadShortcut):
             m.channels = CHANNELS
     return model
@@ -120,7 +120,7 @@ def operators(x: Tensor) -> dict[str, tuple[Call, int]]:
                 ops.conv_bn_act(x, weight, *bn)
 
     def bn_step() -> None:
-        y = leaf
+        y: Any = leaf  # a tensor; with a pre_add, which there is none of, a pair
         for _ in range(100):
             y = ops.batch_norm_act(y, *affine, *bn[2:])
         y.backward(grad)

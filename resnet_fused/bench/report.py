@@ -138,7 +138,9 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if with_gpu else None,
         "cudnn_benchmark": with_gpu,
-        "conv_fp32_precision": torch.backends.cudnn.conv.fp32_precision if with_gpu else None,
+        "conv_fp32_precision": torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # made at import
+        if with_gpu
+        else None,
     }
 
 

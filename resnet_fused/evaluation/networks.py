@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import models
 from ..models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
@@ -18,7 +18,7 @@ class Network(NamedTuple):
     """A network in eval mode."""
 
     name: str  # for messages
-    model: nn.Module
+    model: models.ResNet
     mean: Tensor  # of images in [0, 1]: [3, 1, 1], or [3, H, W] where images have that size
     std: Tensor
     classes: tuple[str, ...] | None  # of the outputs; None where they are not known by name
@@ -57,7 +57,7 @@ class Network(NamedTuple):
         model = models.get_model(name, weights=weights, **({} if published else {"num_classes": num_classes}))
         classes = None
         if published:
-            classes = tuple(next(iter(torchvision_enum(TORCHVISION_ENUMS[name]))).meta["categories"])
+            classes = tuple(torchvision_enum(TORCHVISION_ENUMS[name]).DEFAULT.meta["categories"])
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         return cls(f"{name}, weights {weights}", model.eval(), mean, std, classes, "imagenet")
 
@@ -70,7 +70,8 @@ class Network(NamedTuple):
         Raises:
             ValueError: neither goes.
         """
-        known = {c: i for i, c in enumerate(self.classes or ()) if self.classes.count(c) == 1}
+        own = self.classes or ()
+        known = {c: i for i, c in enumerate(own) if own.count(c) == 1}
         if all(c in known for c in classes):
             return torch.tensor([known[c] for c in classes])
         outputs = self.model.fc.out_features

@@ -1,7 +1,8 @@
 """Scores of a data set's images, averaged over views and networks, and the errors that they make."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +90,7 @@ def evaluate(
     with torch.inference_mode():
         for chunk in tqdm(_loader(samples, batch, workers), desc="eval", unit="batch", disable=None):
             label = torch.tensor([y for _, y in chunk], device=device)
-            scores = sum(scorer([views for views, _ in chunk]) for scorer in scorers)
+            scores = _sum(scorer([views for views, _ in chunk]) for scorer in scorers)
             ranks.append(_rank(scores, target[label]))
             labels.append(label)
             finite.append(scores.isfinite().all())
@@ -110,7 +111,7 @@ def batches(
 
 
 def _loader(samples: Samples, batch: int, workers: int) -> data.Loader:
-    return data.Loader(samples, batch, num_workers=0 if samples.in_memory else workers, collate_fn=list)
+    return data.Loader(samples, batch_size=batch, num_workers=0 if samples.in_memory else workers, collate_fn=list)
 
 
 class _Normalise:
@@ -138,7 +139,7 @@ class _Scorer:
     def __call__(self, images: list[list[Tensor]]) -> Tensor:
         """images: of each image a tensor uint8 [views, 3, h, w] for each size -> float64 [images, classes]."""
         sizes = len(images[0])
-        return sum(self._one_size([views[i] for views in images]) for i in range(sizes)) / sizes
+        return _sum(self._one_size([views[i] for views in images]) for i in range(sizes)) / sizes
 
     def _one_size(self, images: list[Tensor]) -> Tensor:
         """Images whose views have the same shape go through the network together."""
@@ -155,6 +156,10 @@ class _Scorer:
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+
+def _sum(scores: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, scores)
 
 
 def _rank(scores: Tensor, target: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ..dispatch import registry
+from ..models import ResNet
 
 SHORT_SIDE, CROP = 256, 224
 SCALES = (224, 256, 384, 480, 640)  # He et al., https://arxiv.org/abs/1512.03385, section 3.4
@@ -62,7 +63,7 @@ def multi_scale(scales: Sequence[int] = SCALES) -> Views:
     return Views(f"fully convolutional, short sides {', '.join(map(str, scales))}", _MultiScale(tuple(scales)), True)
 
 
-def fully_convolutional(model: nn.Module, crop: int = CROP) -> nn.Module:
+def fully_convolutional(model: ResNet, crop: int = CROP) -> ResNet:
     """The network for images of any size from `crop` on; parameters are shared with `model`, which stays as it was.
 
     Its pooling window is what a crop fills and moves over the image by one position of the last stage at a time; the
@@ -75,17 +76,16 @@ def fully_convolutional(model: nn.Module, crop: int = CROP) -> nn.Module:
 
     Shape: [N, 3, H, W] -> [N, num_classes].
     """
-    window = []
+    window: list[int] = []
     handle = model.avgpool.register_forward_pre_hook(lambda _, inputs: window.extend(inputs[0].shape[2:]))
     try:
         with torch.no_grad(), registry.backend(registry.PLAIN):
             model(next(model.parameters()).new_empty(0, 3, crop, crop))
     finally:
         handle.remove()
+    height, width = window
     twin = copy.copy(model)
-    twin._modules = dict(model._modules)
-    twin.avgpool = nn.AvgPool2d(tuple(window), stride=1)
-    twin.fc = _ScoreMap(model.fc)
+    twin._modules = {**model._modules, "avgpool": nn.AvgPool2d((height, width), stride=1), "fc": _ScoreMap(model.fc)}
     return twin
 
 

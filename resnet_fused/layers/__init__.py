@@ -18,27 +18,37 @@ from .recompute import REPEATABLE, keeping_convolutions, recomputed, recomputes
 from .shortcut import PadShortcut
 from .steps import INPUT, Step, called_plainly, counters
 
-__all__ = ["INPUT", "PadShortcut", "Recompute", "Step", "Sum", "block", "counters", "hands_over", "run"]
+__all__ = ["INPUT", "PadShortcut", "Recompute", "Step", "block", "counters", "hands_over", "run", "run_unit"]
 
 Recompute = Literal["activations", "blocks"] | None
 
 
 def run(
-    x: Tensor | Sum, *steps: Step, then: nn.Module | None = None, recompute: Recompute = None, hand_over: bool = False
-) -> Tensor | Sum:
+    x: Tensor,
+    *steps: Step,
+    pre_add: Tensor | None = None,
+    then: nn.Module | None = None,
+    recompute: Recompute = None,
+) -> Tensor:
     """The block of these steps on x [N, C, H, W], then the module `then`; a leaf to torch.fx.
 
+    pre_add: what `run_unit` left to be added to x; not together with recompute.
     recompute: what backward computes again instead of keeping: "activations", the outputs of all BN + ReLU but the
         block's own output; "blocks", everything but x.
-    hand_over: return a `Sum` where the last step has no BN and is fused: the next call begins with one.
     """
     if recompute is None or not recomputes(steps):
-        x = run_block(x, steps, hand_over)
+        x = run_block(x, steps, pre_add)
         return x if then is None else then(x)
-    inner, outer = (then, None) if type(then) in REPEATABLE and called_plainly(then) is None else (None, then)
+    repeats = then is not None and type(then) in REPEATABLE and called_plainly(then) is None
+    inner, outer = (then, None) if repeats else (None, then)
     if recompute == "blocks":
         return _then(outer)(recomputed(lambda x: _then(inner)(run_block(x, steps)), x))
     return _then(outer)(keeping_convolutions(x, steps, inner))
+
+
+def run_unit(x: Tensor, *steps: Step, pre_add: Tensor | None = None) -> Sum:
+    """The block of these steps on x + pre_add; its last step's add is the next call's where that step has no BN."""
+    return run_block(x, steps, pre_add, True)
 
 
 def _then(module: nn.Module | None) -> Callable[[Tensor], Tensor]:
@@ -46,5 +56,5 @@ def _then(module: nn.Module | None) -> Callable[[Tensor], Tensor]:
 
 
 def hands_over(x: Tensor, modules: Iterable[nn.Module]) -> bool:
-    """Whether `Sum`s may pass between the modules: something is fused, and no hook looks on."""
+    """Whether sums may pass unadded between the modules: something is fused, and no hook looks on."""
     return isinstance(x, Tensor) and registry.fuses(x.device) and all(called_plainly(m) is None for m in modules)

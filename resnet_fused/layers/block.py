@@ -1,6 +1,6 @@
 """A block's steps, one after the other: fused, or as torchvision calls their modules."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, overload
 
 from torch import Tensor, nn
 
@@ -9,9 +9,12 @@ from ..ops import batch_norm_act, conv_bn_act
 from ..ops.batch_norm_act.tape import tape
 from .steps import (
     INPUT,
+    BatchNorm,
+    Fusable,
     Step,
     batch_statistics,
     called_plainly,
+    fusable,
     group,
     momentum,
     needs_grad,
@@ -21,91 +24,133 @@ from .steps import (
     unfusable,
 )
 
-explainer = None  # set by `explain` while it runs a model
+Addend = nn.Module | Literal["input"] | None
+
+
+class Explainer(Protocol):
+    """Is told what runs."""
+
+    def begin(self, step: Step, unfusable: str | None, takes_over: bool = False) -> None:
+        """Until `end`, operators are the step's; takes_over: its BN adds what the block before left unadded."""
+
+    def end(self) -> None: ...
+
+    def joined(self, inner: Fusable) -> None:
+        """The shortcut's BN runs in the pass of the step that is open."""
+
+
+explainer: Explainer | None = None  # set by `explain` while it runs a model
 
 
 class Sum(NamedTuple):
-    """Two tensors [N, C, H, W], which the next BN adds in its own pass."""
+    """Tensors [N, C, H, W], of which the next BN adds the second in its own pass."""
 
     x: Tensor
-    pre_add: Tensor
+    pre_add: Tensor | None
 
 
-def run_block(x: Tensor | Sum, steps: tuple[Step, ...], hand_over: bool = False) -> Tensor | Sum:
+class Projection(Fusable, Protocol):
+    """A fusable step of a convolution and its BN."""
+
+    @property
+    def conv(self) -> nn.Conv2d: ...
+
+    @property
+    def bn(self) -> BatchNorm: ...
+
+
+@overload
+def run_block(x: Tensor, steps: tuple[Step, ...], pre_add: Tensor | None = None) -> Tensor: ...
+
+
+@overload
+def run_block(x: Tensor, steps: tuple[Step, ...], pre_add: Tensor | None, hand_over: Literal[True]) -> Sum: ...
+
+
+def run_block(
+    x: Tensor, steps: tuple[Step, ...], pre_add: Tensor | None = None, hand_over: bool = False
+) -> Tensor | Sum:
     block_input = entry = x
     if steps[0].conv is None:
-        entry, block_input = pre_activation(x, steps[0])
+        entry, block_input = pre_activation(x, steps[0], pre_add)
         x, steps = entry, steps[1:]
     for step in steps:
-        x = run_step(x, step, block_input if step.addend == INPUT else entry, hand_over)
-    return x
+        source = block_input if step.addend == INPUT else entry
+        last = hand_over and step.bn is None and step.addend is not None
+        if last and _fuses(step, x) and step.conv is not None:
+            return Sum(step.conv(x), _shortcut(step.addend, source))
+        x = run_step(x, step, source)
+    return Sum(x, None) if hand_over else x
 
 
 def explained_bn(z: Tensor, step: Step, source: Tensor) -> Tensor:
     if explainer is not None:
         explainer.begin(step, None)
-    z = _bn(z, step, source)
+    assert isinstance(step.bn, BatchNorm)  # `recomputes` has looked
+    z = _bn(z, step.bn, step.act, step.addend, source)
     if explainer is not None:
         explainer.end()
     return z
 
 
-def pre_activation(x: Tensor | Sum, step: Step) -> tuple[Tensor, Tensor]:
-    """act(bn(x)) and x, the sum where it comes as a `Sum`."""
-    x, pre_add = x if isinstance(x, Sum) else (x, None)
+def pre_activation(x: Tensor, step: Step, pre_add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """act(bn(x + pre_add)) and x + pre_add."""
     if pre_add is not None and pre_add.dtype != x.dtype:  # under autocast
         x, pre_add = x + pre_add, None
     if explainer is not None:
         explainer.begin(step, unfusable(step), takes_over=pre_add is not None)
-    if _plain(x, step):
+    if not _fuses(step, x):
         x = x if pre_add is None else x + pre_add
         y = _modules(x, step, x)
     else:
-        y = _bn(x, step, x, pre_add)
-        y, x = (y, x) if pre_add is None else y
+        assert step.bn is not None  # what has neither convolution nor BN is no step
+        if pre_add is None:
+            y = _bn(x, step.bn, step.act, step.addend, x)
+        else:
+            y, x = _bn(x, step.bn, step.act, step.addend, x, pre_add)
     if explainer is not None:
         explainer.end()
     return y, x
 
 
-def run_step(x: Tensor, step: Step, source: Tensor, hand_over: bool = False) -> Tensor | Sum:
+def run_step(x: Tensor, step: Step, source: Tensor) -> Tensor:
     """source: what the step's addend is, or goes through its module."""
-    plain = _plain(x, step)
-    if hand_over and step.bn is None and step.addend is not None and not plain:
-        return Sum(step.conv(x), _shortcut(step, source))
     if explainer is not None:
         explainer.begin(step, unfusable(step))
-    if plain:
+    if not _fuses(step, x):
         x = _modules(x, step, source)
-    elif step.bn is not None and (batch_statistics(step.bn) or needs_grad(step.bn)):
-        x = _bn(step.conv(x), step, source)
     else:
-        x = _conv_bn(x, step, _shortcut(step, source))
+        conv, bn = step.conv, step.bn
+        assert conv is not None  # only a first step lacks it: `pre_activation`
+        if bn is not None and (batch_statistics(bn) or needs_grad(bn)):
+            x = _bn(conv(x), bn, step.act, step.addend, source)
+        else:
+            x = _conv_bn(x, conv, bn, step.act, _shortcut(step.addend, source))
     if explainer is not None:
         explainer.end()
     return x
 
 
-def _plain(x: Tensor, step: Step) -> bool:
-    """Whether the step's modules are called as they are."""
-    return not (registry.fuses(x.device) or synchronizes(step.bn) or tape.active) or unfusable(step) is not None
+def _fuses(step: Step, x: Tensor) -> TypeGuard[Fusable]:
+    """Whether the step is an operator's, not its modules called as they are."""
+    return (registry.fuses(x.device) or synchronizes(step.bn) or tape.active) and fusable(step)
 
 
 def _modules(x: Tensor, step: Step, source: Tensor) -> Tensor:
     """torchvision's own order, addend after the main branch: gradients add up in the same order, to the same bits."""
     for module in (step.conv, step.bn):
         x = x if module is None else module(x)
-    if step.addend is not None:
-        shortcut = _shortcut(step, source)
+    shortcut = _shortcut(step.addend, source)
+    if shortcut is not None:
         x = x + shortcut if step.bn is None else x.add_(shortcut)
     return x if step.act is None else step.act(x)
 
 
-def _shortcut(step: Step, source: Tensor) -> Tensor | None:
-    if step.addend is None or step.addend == INPUT:
-        return None if step.addend is None else source
-    inner = projection(step.addend)
-    return step.addend(source) if inner is None else run_step(source, inner, source)
+def _shortcut(addend: Addend, source: Tensor) -> Tensor | None:
+    if addend is None or addend == INPUT:
+        return None if addend is None else source
+    inner = projection(addend)
+    return addend(source) if inner is None else run_step(source, inner, source)
 
 
 def projection(shortcut: nn.Module) -> Step | None:
@@ -115,9 +160,9 @@ def projection(shortcut: nn.Module) -> Step | None:
     return None
 
 
-def _conv_bn(x: Tensor, step: Step, residual: Tensor | None) -> Tensor:
-    conv, bn = step.conv, step.bn
-    vectors = (None,) * 4
+def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: BatchNorm | None, act: nn.ReLU | None, residual: Tensor | None) -> Tensor:
+    padding: Any = conv.padding  # not by a name: `fusable` has looked
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
     if bn is not None:
         vectors = (tensor(bn, "weight"), tensor(bn, "bias"), tensor(bn, "running_mean"), tensor(bn, "running_var"))
     return conv_bn_act(
@@ -127,27 +172,38 @@ def _conv_bn(x: Tensor, step: Step, residual: Tensor | None) -> Tensor:
         bias=tensor(conv, "bias"),
         eps=0.0 if bn is None else bn.eps,
         stride=conv.stride,
-        padding=conv.padding,
+        padding=padding,
         dilation=conv.dilation,
         groups=conv.groups,
         residual=residual,
-        act="none" if step.act is None else "relu",
+        act="none" if act is None else "relu",
     )
 
 
-def _bn(x: Tensor, step: Step, source: Tensor, pre_add: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+@overload
+def _bn(x: Tensor, bn: BatchNorm, act: nn.Module | None, addend: Addend, source: Tensor) -> Tensor: ...
+
+
+@overload
+def _bn(
+    x: Tensor, bn: BatchNorm, act: nn.Module | None, addend: Addend, source: Tensor, pre_add: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+def _bn(
+    x: Tensor, bn: BatchNorm, act: nn.Module | None, addend: Addend, source: Tensor, pre_add: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """After the step's convolution: BN, the shortcut's BN where it may join, add and ReLU as one."""
-    bn = step.bn
     residual, residual_bn = None, None
-    inner = projection(step.addend) if isinstance(step.addend, nn.Module) else None
-    if inner is not None and _joins(bn, inner):
+    inner = projection(addend) if isinstance(addend, nn.Module) else None
+    if inner is not None and _joins(inner, bn):
         if explainer is not None:
             explainer.joined(inner)
         residual = inner.conv(source)
         residual_bn = (tensor(inner.bn, "weight"), tensor(inner.bn, "bias"), *statistics(inner.bn))
         momentum(inner.bn)
     else:
-        residual = _shortcut(step, source)
+        residual = _shortcut(addend, source)
         residual = None if residual is None else residual.to(x.dtype)  # under autocast the block's input may be float32
     return batch_norm_act(
         x,
@@ -160,16 +216,16 @@ def _bn(x: Tensor, step: Step, source: Tensor, pre_add: Tensor | None = None) ->
         training=batch_statistics(bn),
         momentum=momentum(bn),
         eps=bn.eps,
-        act="none" if step.act is None else "relu",
+        act="none" if act is None else "relu",
         group=group(bn),
     )
 
 
-def _joins(bn: nn.Module, inner: Step) -> bool:
+def _joins(inner: Step, bn: BatchNorm) -> TypeGuard[Projection]:
     """Whether the shortcut's BN can run in the main BN's pass: one operator takes one mode, momentum and eps."""
-    other = inner.bn
     return (
-        unfusable(inner) is None
+        fusable(inner)
+        and (other := inner.bn) is not None
         and batch_statistics(bn) == batch_statistics(other)
         and (bn.training, bn.eps, bn.momentum, bn.track_running_stats)
         == (other.training, other.eps, other.momentum, other.track_running_stats)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.batch_norm_act.tape import tape
 from .block import explained_bn, pre_activation, projection, run_step
 from .shortcut import PadShortcut
-from .steps import Step, called_plainly, unfusable
+from .steps import Step, called_plainly, fusable
 
 REPEATABLE = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity)  # the same again, and nothing else
 
@@ -21,7 +21,7 @@ def recomputes(steps: tuple[Step, ...]) -> bool:
         return False
     addends = [s.addend for s in steps if isinstance(s.addend, nn.Module) and not _repeats(s.addend)]
     inner = [projection(a) for a in addends]
-    return None not in inner and all(unfusable(s) is None for s in (*steps, *inner))
+    return all(s is not None and fusable(s) for s in (*steps, *inner))
 
 
 def _repeats(shortcut: nn.Module) -> bool:
@@ -39,11 +39,15 @@ def keeping_convolutions(x: Tensor, steps: tuple[Step, ...], then: nn.Module | N
     if steps[0].conv is None and isinstance(steps[-1].addend, nn.Module):  # read twice: kept
         (x, _), steps = pre_activation(x, steps[0]), steps[1:]
     z = x if steps[0].conv is None else steps[0].conv(x)
+    last = steps[-1]
     for step, following in itertools.pairwise(steps):
-        end = following.conv if following.bn is not None else lambda y: run_step(y, steps[-1], x)
-        z = recomputed(lambda z, step=step, end=end: end(explained_bn(z, step, x)), z)
-    if steps[-1].bn is None:
+        end = following.conv if following.bn is not None else lambda y: run_step(y, last, x)
+        z = recomputed(_bn_then(end, step, x), z)
+    if last.bn is None:
         return z
-    if then is not None:
-        return recomputed(lambda z: then(explained_bn(z, steps[-1], x)), z)
-    return explained_bn(z, steps[-1], x)
+    return explained_bn(z, last, x) if then is None else recomputed(_bn_then(then, last, x), z)
+
+
+def _bn_then(end: Callable[[Tensor], Tensor] | None, step: Step, source: Tensor) -> Callable[[Tensor], Tensor]:
+    assert end is not None  # a step after the first has a convolution
+    return lambda z: end(explained_bn(z, step, source))

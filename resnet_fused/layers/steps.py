@@ -1,9 +1,9 @@
 """Questions about a step's modules: whether they may be fused, which statistics a BN takes, over which processes."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeGuard, overload
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from ..ops._checks import transformed
 from ..ops.batch_norm_act.tape import tape
 
 INPUT: Literal["input"] = "input"
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 class Step(NamedTuple):
@@ -28,12 +29,28 @@ class Step(NamedTuple):
     addend: nn.Module | Literal["input"] | None = None
 
 
-def synchronizes(bn: nn.Module | None) -> bool:
+class Fusable(Protocol):
+    """A step whose modules are PyTorch's own: see `fusable`."""
+
+    @property
+    def conv(self) -> nn.Conv2d | None: ...
+
+    @property
+    def bn(self) -> BatchNorm | None: ...
+
+    @property
+    def act(self) -> nn.ReLU | None: ...
+
+    @property
+    def addend(self) -> nn.Module | Literal["input"] | None: ...
+
+
+def synchronizes(bn: nn.Module | None) -> TypeGuard[nn.SyncBatchNorm]:
     """SyncBatchNorm in training; nn.SyncBatchNorm itself refuses the CPU, this package's operator serves it too."""
     return type(bn) is nn.SyncBatchNorm and bn.training
 
 
-def group(bn: nn.Module) -> dist.ProcessGroup | None:
+def group(bn: BatchNorm) -> dist.ProcessGroup | None:
     """The processes over which the statistics are gathered, or None for this one alone."""
     if not (synchronizes(bn) and dist.is_available() and dist.is_initialized()):
         return None
@@ -41,21 +58,29 @@ def group(bn: nn.Module) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def batch_statistics(bn: nn.Module) -> bool:
+def batch_statistics(bn: BatchNorm) -> bool:
     return bn.training or tensor(bn, "running_mean") is None
 
 
-def statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def statistics(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that the call uses, as nn.BatchNorm2d decides: not those that are kept but not tracked."""
     if bn.training and not bn.track_running_stats:
         return None, None
     return tensor(bn, "running_mean"), tensor(bn, "running_var")
 
 
+@overload
+def tensor(module: nn.Conv2d, name: Literal["weight"]) -> Tensor: ...
+
+
+@overload
+def tensor(module: nn.Module, name: str) -> Tensor | None: ...
+
+
 def tensor(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer; `nn.Module` finds them three times as slowly."""
     if not torch.compiler.is_compiling():
-        found = module._parameters
+        found: Mapping[str, Tensor | None] = module._parameters
         if name in found:
             return found[name]
         found = module._buffers
@@ -64,15 +89,16 @@ def tensor(module: nn.Module, name: str) -> Tensor | None:
     return getattr(module, name)
 
 
-def momentum(bn: nn.Module) -> float:
+def momentum(bn: BatchNorm) -> float:
     """nn.BatchNorm2d's bookkeeping: counts the batch, and resolves momentum=None to the cumulative average."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not tape.replays:
-        if bn.momentum is None:
-            bn.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(bn.num_batches_tracked)
-        else:
-            counters.add(tensor(bn, "num_batches_tracked"))
+    if bn.training and bn.track_running_stats and not tape.replays:
+        counter = tensor(bn, "num_batches_tracked")
+        if counter is not None and bn.momentum is None:
+            counter.add_(1)
+            momentum = 1.0 / float(counter)
+        elif counter is not None:
+            counters.add(counter)
     return momentum
 
 
@@ -109,23 +135,26 @@ class Counters(threading.local):
 counters = Counters()
 
 
-def needs_grad(bn: nn.Module) -> bool:
+def needs_grad(bn: BatchNorm) -> bool:
     if not torch.is_grad_enabled():
         return False
     weight, bias = tensor(bn, "weight"), tensor(bn, "bias")
-    return weight is not None and (weight.requires_grad or bias.requires_grad)
+    return (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+
+
+def fusable(step: Step) -> TypeGuard[Fusable]:
+    """Whether a fused operator may stand for the step's modules."""
+    conv, bn, act, _ = step
+    return (
+        (conv is None or type(conv) is nn.Conv2d and called_plainly(conv) is None and _pads_zeros(conv))
+        and (bn is None or type(bn) in _NORMS and called_plainly(bn) is None)
+        and (act is None or type(act) is nn.ReLU and called_plainly(act) is None)
+    )
 
 
 def unfusable(step: Step) -> str | None:
     """Why the step's modules have to be called as they are, or None."""
-    conv, bn, act, _ = step
-    if (
-        (conv is None or type(conv) is nn.Conv2d and called_plainly(conv) is None and _pads_zeros(conv))
-        and (bn is None or type(bn) in _NORMS and called_plainly(bn) is None)
-        and (act is None or type(act) is nn.ReLU and called_plainly(act) is None)
-    ):
-        return None
-    return _reason(step)
+    return None if fusable(step) else _reason(step)
 
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -150,7 +179,7 @@ def _reason(step: Step) -> str | None:
         if reason is not None:
             return f"the {role} ({type(module).__name__}) {reason}"
     conv = step.conv
-    if conv is not None and not _pads_zeros(conv):
+    if isinstance(conv, nn.Conv2d) and not _pads_zeros(conv):
         return f"the convolution pads by {conv.padding_mode!r}, {conv.padding!r}; numbers of zeros are fused"
     return None
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from .blocks import BasicBlock, Bottleneck
 from .cifar import (
     cifar_plain20,
@@ -106,7 +104,7 @@ def list_models() -> list[str]:
     return list(_BUILDERS)
 
 
-def get_model(name: str, **kwargs: Any) -> nn.Module:
+def get_model(name: str, **kwargs: Any) -> ResNet:
     """The model of that name, e.g. `get_model("resnet50", num_classes=10)`; ValueError for an unknown name."""
     if name not in _BUILDERS:
         raise ValueError(f"unknown model {name!r}; there are: {', '.join(_BUILDERS)}")

@@ -37,6 +37,8 @@ class Block(nn.Module):
     recompute: Recompute = None
     residual = True  # False in plain networks: no shortcut
     downsample: nn.Module | None  # what the shortcut goes through; None: the identity
+    bn1: nn.Module | None  # None in the first pre-activation unit: the stem's BN and ReLU are in front of it
+    relu: nn.Module
 
     @property
     def addend(self) -> nn.Module | Literal["input"] | None:

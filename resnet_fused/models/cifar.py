@@ -7,7 +7,7 @@ errors on CIFAR-10 are in the paper's table 6.
 from typing import Any
 
 from .blocks import BasicBlock
-from .resnet import ResNet, build
+from .network import ResNet, build
 from .weights import WeightsArg
 
 

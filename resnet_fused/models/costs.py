@@ -19,7 +19,7 @@ def count(model: nn.Module, image_size: int) -> tuple[int, int]:
     """
     multiply_adds = 0
 
-    def add(module: nn.Module, inputs: tuple, y: Tensor) -> None:
+    def add(module: nn.Conv2d | nn.Linear, inputs: tuple, y: Tensor) -> None:
         nonlocal multiply_adds
         multiply_adds += y.shape[1:].numel() * module.weight[0].numel()
 
@@ -38,7 +38,7 @@ def table() -> list[dict[str, Any]]:
 
     The papers' ResNet-50, 101 and 152 have the stride on the first 1x1 convolution: rows of their own.
     """
-    models = [(name, {}) for name in list_models()]
+    models: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in list_models()]
     last = models.index(("resnet152", {}))
     models[last + 1 : last + 1] = [(f"resnet{depth}", {"stride_in_1x1": True}) for depth in (50, 101, 152)]
     rows = [_row(name, get_model, kwargs, 32 if name.startswith("cifar") else 224) for name, kwargs in models]

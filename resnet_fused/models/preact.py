@@ -5,23 +5,21 @@ activation comes right after the stem's convolution and before the first unit sp
 add. As in the authors' code, a shortcut that changes its input reads the unit's first activation, and has no BN.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import Step, hands_over, run
+from ..layers import Step, hands_over, run, run_unit
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1
-from .resnet import ResNet, build
+from .network import ResNet, build
 from .weights import WeightsArg
 
 torch.fx.wrap("run")
 
 
 class _PreAct(Block):
-    bn1: nn.Module | None  # None in the first unit: the stem's BN and ReLU are in front of it
-
     def branch(self) -> tuple[Step, ...]:
         raise NotImplementedError
 
@@ -39,7 +37,7 @@ class PreActBasicBlock(_PreAct, BasicBlock):
     def __init__(
         self, inplanes: int, *args: Any, norm_layer: Callable[..., nn.Module] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(inplanes, *args, norm_layer=norm_layer, **kwargs)
+        super().__init__(inplanes, *args, **kwargs | {"norm_layer": norm_layer})
         self.bn1 = (norm_layer or nn.BatchNorm2d)(inplanes)
         self.relu = nn.ReLU()  # not in place: norm_layer may be nn.Identity, which returns the trunk itself
 
@@ -53,7 +51,7 @@ class PreActBottleneck(_PreAct, Bottleneck):
     def __init__(
         self, inplanes: int, *args: Any, norm_layer: Callable[..., nn.Module] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(inplanes, *args, norm_layer=norm_layer, **kwargs)
+        super().__init__(inplanes, *args, **kwargs | {"norm_layer": norm_layer})
         norm_layer = norm_layer or nn.BatchNorm2d
         self.bn1 = norm_layer(inplanes)
         self.bn3 = norm_layer(self.conv3.in_channels)
@@ -87,7 +85,9 @@ class PreActResNet(ResNet):
 
     def _add_stages(self, *args: Any) -> None:
         super()._add_stages(*args)
-        self.layer1[0].bn1 = None
+        first = self._stages()[0][0]
+        assert isinstance(first, Block)
+        first.bn1 = None
         self.norm = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU()
 
@@ -97,25 +97,25 @@ class PreActResNet(ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
 
-        stages = self._stages()
-        if self.training and self.recompute is None and _units_alone(x, stages):
-            for stage in stages:
-                for unit in stage:
-                    x = run(x, *unit.steps(), hand_over=True)
+        stages, pre_add = self._stages(), None
+        if self.training and self.recompute is None and _units_alone(stages, x):
+            for units in stages:
+                for unit in units:
+                    x, pre_add = run_unit(x, *unit.steps(), pre_add=pre_add)
         else:
             for stage in stages:
                 x = stage(x)
 
         last = Step(None, self.norm, self.relu)
         if self.recompute is None:
-            x = self.avgpool(run(x, last))
+            x = self.avgpool(run(x, last, pre_add=pre_add))
         else:
             x = run(x, last, then=self.avgpool, recompute=self.recompute)
         x = torch.flatten(x, 1)
         return self.fc(x)
 
 
-def _units_alone(x: Tensor, stages: list[nn.Module]) -> bool:
+def _units_alone(stages: list[nn.Sequential], x: Tensor) -> TypeGuard[list[Iterable[_PreAct]]]:
     """Whether the stages are nothing but units that may leave their adds to each other."""
     if any(type(stage) is not nn.Sequential for stage in stages):
         return False

@@ -10,12 +10,15 @@ import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..fetch import FetchError, fetch
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 WeightsArg = None | str | os.PathLike | enum.Enum
 
@@ -50,7 +53,7 @@ def torchvision_models(wanted: str = "this") -> ModuleType:
     return torchvision.models
 
 
-def torchvision_enum(class_name: str) -> type[enum.Enum]:
+def torchvision_enum(class_name: str) -> "type[WeightsEnum]":
     """torchvision's own weights enum of that name; ImportError with the remedy where torchvision is missing."""
     return getattr(torchvision_models(class_name), class_name)
 
@@ -83,7 +86,7 @@ def resolve(model_name: str | None, weights: WeightsArg) -> Source | None:
                 raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file")
             return Source(str(path), {}, lambda progress: _read(path))
         class_name, _, member = str(weights).rpartition(".")
-        class_name = class_name or TORCHVISION_ENUMS.get(model_name, "")
+        class_name = class_name or TORCHVISION_ENUMS.get(model_name or "", "")
         if isinstance(weights, str) and class_name in TORCHVISION_ENUMS.values() and member.isidentifier():
             return _enum_source(_member(model_name, class_name, member, weights))
     raise _unknown(model_name, weights)
@@ -154,7 +157,7 @@ def _unknown(model_name: str | None, weights: Any) -> ValueError:
             f"weights={weights!r}: none are published for {model_name}; accepted are None, or the path of a "
             f"{', '.join(_LOCAL)} file"
         )
-    class_name = TORCHVISION_ENUMS.get(model_name, "ResNet50_Weights")
+    class_name = TORCHVISION_ENUMS.get(model_name or "resnet50", "ResNet50_Weights")
     names = "a full name such as" if model_name is None else "its name such as 'DEFAULT' or"
     msra = ", 'MSRA'" if model_name in (None, "resnet50") else ""
     return ValueError(
@@ -163,10 +166,10 @@ def _unknown(model_name: str | None, weights: Any) -> ValueError:
     )
 
 
-def _member(model_name: str | None, class_name: str, member: str, weights: Any) -> enum.Enum:
+def _member(model_name: str | None, class_name: str, member: str, weights: Any) -> "WeightsEnum":
     if model_name is not None and model_name not in TORCHVISION_ENUMS:
         raise _unknown(model_name, weights)
-    expected = TORCHVISION_ENUMS.get(model_name)
+    expected = TORCHVISION_ENUMS.get(model_name or "")
     if expected and class_name != expected:
         raise ValueError(f"weights={weights!r} are of {class_name}; {model_name} takes {expected}")
     if class_name not in TORCHVISION_ENUMS.values():
@@ -177,7 +180,7 @@ def _member(model_name: str | None, class_name: str, member: str, weights: Any) 
     return members[member]
 
 
-def _enum_source(weights: enum.Enum) -> Source:
+def _enum_source(weights: "WeightsEnum") -> Source:
     def state_dict(progress: bool) -> dict[str, Tensor]:
         try:
             return weights.get_state_dict(progress=progress, check_hash=True)
@@ -190,6 +193,7 @@ def _enum_source(weights: enum.Enum) -> Source:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """A checkpoint file as {key: tensor}; the wrappers of training scripts and DataParallel are taken off."""
+    content: Any
     try:
         if path.suffix.lower() == ".safetensors":
             content = _read_safetensors(path)
@@ -275,7 +279,10 @@ def _torchvision_keys(name: str) -> tuple[str, str]:
     """Keys of a convolution and its BN: res3b_branch2a and bn3b_branch2a are layer2.1.conv1 and layer2.1.bn1."""
     if name in ("conv1", "bn_conv1"):
         return "conv1", "bn1"
-    stage, block, branch = re.fullmatch(r"(?:res|bn)(\d)([a-z])_branch(1|2[abc])", name).groups()
+    match = re.fullmatch(r"(?:res|bn)(\d)([a-z])_branch(1|2[abc])", name)
+    if match is None:
+        raise ValueError(f"{name} is no layer of the Caffe model")
+    stage, block, branch = match.groups()
     prefix = f"layer{int(stage) - 1}.{ord(block) - ord('a')}"
     if branch == "1":
         return f"{prefix}.downsample.0", f"{prefix}.downsample.1"

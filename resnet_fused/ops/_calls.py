@@ -29,3 +29,8 @@ def metadata(call: Iterable[Any]) -> Hashable:
         (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (tuple(a) if isinstance(a, list) else a)
         for a in call
     )
+
+
+def named(call: Any) -> dict[str, Any]:
+    """The fields of a NamedTuple."""
+    return call._asdict()

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from . import augment, data
 from .distributed import World
 from .recipes import Settings
 
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+
 Batch = tuple[Tensor, Tensor]  # images [N, 3, H, W], labels [N]
+Samples = Union["ImageFolder", "_Transformed"]
 
 
 def make_source(settings: Settings, world: World, device: torch.device, workers: int) -> "InMemory | Loaded":
@@ -85,11 +89,10 @@ class Loaded:
     """Samples that worker processes read, decode and augment."""
 
     def __init__(
-        self, settings: Settings, world: World, device: torch.device, workers: int, train: Dataset, test: Dataset
+        self, settings: Settings, world: World, device: torch.device, workers: int, train: Samples, test: Samples
     ) -> None:
-        self._settings, self._world, self._device = settings, world, device
+        self._settings, self._world, self._device, self._workers = settings, world, device, workers
         self._train, self._test = train, test
-        self._options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
         self.classes, self.count = train.classes, len(train)
         self.mean = torch.tensor(augment.IMAGENET_MEAN)[:, None, None]
         self.std = torch.tensor(augment.IMAGENET_STD)[:, None, None]
@@ -97,16 +100,17 @@ class Loaded:
     def train(self, start: int, stop: int) -> Iterator[Batch]:
         """As `InMemory.train`."""
         order = _Order(self.count, self._settings, self._world, start, stop)
-        yield from self._moved(data.Loader(_Seeded(self._train), batch_sampler=order, **self._options))
+        yield from self._batches(_Seeded(self._train), batch_sampler=order)
 
     def evaluation(self, split: str) -> Iterator[Batch]:
         """As `InMemory.evaluation`."""
         part = Subset(self._test, range(self._world.rank, len(self._test), self._world.size))
         size = max(1, self._settings.batch // self._world.size)
-        yield from self._moved(data.Loader(part, batch_size=size, **self._options))
+        yield from self._batches(part, batch_size=size)
 
-    def _moved(self, loader: data.Loader) -> Iterator[Batch]:
-        for x, y in loader:
+    def _batches(self, samples: Dataset, **options: Any) -> Iterator[Batch]:
+        pinned = self._device.type == "cuda"
+        for x, y in data.Loader(samples, num_workers=self._workers, pin_memory=pinned, **options):
             yield _nhwc(x.to(self._device, non_blocking=True)), y.to(self._device, non_blocking=True)
 
 
@@ -118,7 +122,7 @@ class _Order:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share, seed = self._settings.batch // self._world.size, self._settings.seed
-        epoch, order = None, None
+        epoch, order = -1, []
         for step in self._steps:
             keys = []
             for e, part in _spans(step * self._settings.batch + self._world.rank * share, share, self._count):
@@ -154,7 +158,7 @@ class _Transformed(Dataset):
         return self._transform(self._images.images[index]), self._images.labels[index]
 
 
-def _samples(name: str, split: str, transform: Any) -> Dataset:
+def _samples(name: str, split: str, transform: Any) -> Samples:
     found = data.load(name, split, transform)
     return _Transformed(found, transform) if isinstance(found, data.Images) else found
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import models
 from ..dispatch.store import atomic_write
@@ -55,7 +54,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: str | os.PathLike) -> tuple[models.ResNet, dict[str, Any]]:
     """The model of a checkpoint, in eval mode on the CPU, and the rest of its content: see `read`.
 
     Args:

@@ -3,14 +3,17 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..fetch import cached
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KINDS = "cifar10, cifar10:FOLDER, imagefolder:FOLDER, synthetic, synthetic:COUNT or synthetic:COUNTxSIZE"
@@ -24,7 +27,7 @@ class Images(NamedTuple):
     classes: tuple[str, ...]
 
 
-def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None = None) -> Any:
+def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None = None) -> "Images | ImageFolder":
     """One split of a data set.
 
     Args:
@@ -53,12 +56,15 @@ def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None
     raise ValueError(f"data must be {KINDS}; got {name!r}")
 
 
-class Loader(DataLoader):
+class Loader:
     """A DataLoader whose workers' ValueErrors are the one line that says what was wrong, not their whole traceback."""
+
+    def __init__(self, samples: Dataset, **options: Any) -> None:
+        self._batches = DataLoader(samples, **options)
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from super().__iter__()
+            yield from self._batches
         except ValueError as error:
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
@@ -69,7 +75,8 @@ def hold_out(data: Images, count: int) -> tuple[Images, Images]:
         raise ValueError(f"holdout must lie between 1 and {len(data.labels) - 1} images, got {count}")
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
     parts = order[count:].sort().values, order[:count].sort().values
-    return tuple(Images(data.images[part], data.labels[part], data.classes) for part in parts)
+    kept, held_out = (Images(data.images[part], data.labels[part], data.classes) for part in parts)
+    return kept, held_out
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -99,7 +106,7 @@ def _cifar10_folder(folder: Path, split: str) -> Images:
     return Images(images, torch.tensor(data.targets), tuple(data.classes))
 
 
-def _image_folder(folder: Path, split: str, transform: Callable[[Any], Any] | None) -> Any:
+def _image_folder(folder: Path, split: str, transform: Callable[[Any], Any] | None) -> "ImageFolder":
     from torchvision.datasets import ImageFolder
 
     part = folder / ("train" if split == "train" else "val")

@@ -32,6 +32,7 @@ class World(NamedTuple):
         """Average the gradients where `wrap` could not."""
         if self.size > 1 and _by_hand(model):
             for p in model.parameters():
+                assert p.grad is not None  # every parameter takes part in the loss
                 self.sum(p.grad).div_(self.size)
 
     def share_statistics(self, model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,21 +106,27 @@ class _Run:
         self.model.set_recompute(recompute)
         if settings.sync_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.forward = world.wrap(self.model)
+        self.forward: Callable[[Tensor], Tensor] = world.wrap(self.model)
         if compile:
             self.forward = torch.compile(self.forward)
         self.optimizer = recipes.make_optimizer(settings, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         patience = recipes.PATIENCE if settings.plateau else None
         self.schedule = Schedule(self.optimizer, settings.milestones(), patience, self._warms_up())
-        self.step, self.seconds, self.last, self.lr = 0, 0.0, None, settings.lr
+        self.step, self.seconds, self.lr = 0, 0.0, settings.lr
+        self.last: Evaluation | None = None
         self.window: list[Tensor] = []  # [2] each: loss and error of an iteration
 
     def __call__(self, resume: bool) -> Evaluation:
         settings = self.settings
         self._open(resume)
-        if self.step == settings.iterations:
-            return self.last
+        if self.step < settings.iterations:
+            self._iterate_all()
+        assert self.last is not None  # the last iteration evaluates
+        return self.last
+
+    def _iterate_all(self) -> None:
+        settings = self.settings
         log = Log(self.out, self.step) if self.world.rank == 0 else None
         bar = tqdm(
             total=settings.iterations,
@@ -145,7 +151,6 @@ class _Run:
                     self._save()
                 if not self.window:
                     started = time.perf_counter()
-        return self.last
 
     def _iterate(self, x: Tensor, labels: Tensor) -> None:
         with self._autocast():
@@ -184,11 +189,11 @@ class _Run:
     def _evaluate(self, log: Log | None, split: str) -> None:
         self.world.share_statistics(self.model)
         with self._autocast():
-            self.last = evaluate(self.model, self.source.evaluation(split), self.world)
-        self.schedule.evaluated(self.last.error)
+            self.last = last = evaluate(self.model, self.source.evaluation(split), self.world)
+        self.schedule.evaluated(last.error)
         if log is not None:
-            log.eval(step=self.step, split=split, loss=self.last.loss, error=self.last.error)
-            line = f"iteration {self.step}: {split} error {self.last.error:.2f} %, loss {self.last.loss:.3f}"
+            log.eval(step=self.step, split=split, loss=last.loss, error=last.error)
+            line = f"iteration {self.step}: {split} error {last.error:.2f} %, loss {last.loss:.3f}"
             tqdm.write(f"{line}, after {self.seconds:.0f} s of training", file=sys.stderr)
 
     def _autocast(self) -> contextlib.AbstractContextManager:

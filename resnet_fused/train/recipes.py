@@ -20,8 +20,8 @@ class Recipe:
     batch: int
     lr: float
     evaluations: int  # in a run
-    iterations: int | None = None  # or
-    epochs: int | None = None
+    iterations: int = 0  # or
+    epochs: int = 0
     milestones: tuple[int, ...] = ()  # where the learning rate is divided by 10
     warm_up_depth: int | None = None  # convolutions from which a tenth of the rate comes first
     adam: bool = False  # else SGD with momentum 0.9 and weight decay 1e-4
@@ -38,29 +38,34 @@ RECIPES = {
 }
 
 
+OF_RECIPE: Any = None  # until `__post_init__` or `complete` fills it in
+
+
 @dataclass
 class Settings:
-    """What decides a run's numbers; None is the recipe's. It stands in the checkpoint, and a resumed run has the same.
+    """What decides a run's numbers; what is left out is the recipe's.
+
+    It stands in the checkpoint, and a resumed run has the same.
 
     Raises:
         ValueError: a value that is none of those accepted.
     """
 
     recipe: str = "cifar"
-    model: str | None = None
+    model: str = OF_RECIPE
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    data: str | None = None  # see `data.load`
+    data: str = OF_RECIPE  # see `data.load`
     holdout: int = 0  # training images kept for the evaluations on the way
-    iterations: int | None = None  # the milestones move in proportion
-    batch: int | None = None  # images an iteration, over all processes
-    lr: float | None = None
+    iterations: int = OF_RECIPE  # the milestones move in proportion
+    batch: int = OF_RECIPE  # images an iteration, over all processes
+    lr: float = OF_RECIPE
     plateau: bool = False  # divide the rate by 10 where the error stalls, not at the milestones
-    warm_up: bool | None = None
+    warm_up: bool | None = None  # None: where the recipe does for the model's depth
     dtype: str = "fp32"
     sync_bn: bool = False
     seed: int = 0
-    eval_every: int | None = None
-    save_every: int | None = None
+    eval_every: int = OF_RECIPE
+    save_every: int = OF_RECIPE
     log_every: int = 50
 
     def __post_init__(self) -> None:

@@ -1,9 +1,6 @@
 """The operators behind `batch_norm_act` in the extension."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from .. import batch_norm
 from . import kernels
@@ -36,5 +33,5 @@ def kernel_class(call: "StepCall", config: None) -> str:
     return batch_norm.kernel_class(call)
 
 
-def plan(call: "StepCall", config: None) -> Callable[["StepCall"], tuple[Tensor, ...]]:
+def plan(call: "StepCall", config: None) -> batch_norm.Run:
     return batch_norm.plan(call, PLANNERS)

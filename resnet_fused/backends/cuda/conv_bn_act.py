@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ def unsupported(call: "Call") -> str | None:
 
 
 def split(call: "Call") -> str | None:
+    reason: str | None
     if call.x.dtype == torch.float32 and not call.allow_tf32():
         reason = (
             "the CUDA convolutions multiply float32 as TF32, which is not allowed; "
@@ -52,7 +53,7 @@ def plan(call: "Call", config: Config | None) -> Callable[["Call"], Tensor]:
 
     def run(call: "Call") -> Tensor:
         call = dense_vectors(call)
-        images = {n: t if t is None else dense(t) for n, t in (("x", call.x), ("weight", call.weight))}
+        images: dict[str, Any] = {n: t if t is None else dense(t) for n, t in (("x", call.x), ("weight", call.weight))}
         residual = None if call.residual is None else dense(call.residual)
         return kernels.conv_bn_act(*call._replace(**images, residual=residual), config)
 
@@ -62,6 +63,7 @@ def plan(call: "Call", config: Config | None) -> Callable[["Call"], Tensor]:
 def _plans(call: "Call") -> tuple[str | None, list[tuple[int, int, int]]]:
     """Why the kernels can't serve, and what could."""
     problem = (call.x.shape, call.weight.shape, call.stride, call.padding, call.dilation, call.groups)
+    assert extension._C is not None  # `unavailable` has looked
     return extension._C.conv_plans(*problem, call.x.element_size(), *device(call.x.get_device()))
 
 

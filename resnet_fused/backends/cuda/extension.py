@@ -16,7 +16,7 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
     """Why the CUDA kernels can't run on this device, with the remedy, or None where they can."""
     if device_type != "cuda":
         return f"the CUDA kernels run on CUDA devices, the tensor is on {device_type}; move it"
-    if _REASON is not None:
+    if _C is None or _REASON is not None:
         return _REASON
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; check the driver with nvidia-smi"
@@ -56,7 +56,10 @@ def device_mismatch(archs: Sequence[str], capability: tuple[int, int]) -> str | 
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch).groups()
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+    if match is None:
+        return False
+    kind, major, minor, suffix = match.groups()
     built = (int(major), int(minor))
     if suffix == "a":  # one capability only
         return built == capability
@@ -79,8 +82,9 @@ def not_built(recorded: Path) -> str:
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    reason = torch_mismatch(torch.__version__, torch.version.cuda, torch.version.hip)
-    if reason is not None:
+    cuda = torch.version.cuda
+    reason = torch_mismatch(torch.__version__, cuda, torch.version.hip)
+    if cuda is None or reason is not None:
         return None, reason
     top = __package__.partition(".")[0]
     name = f"{top}._C"
@@ -88,12 +92,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
-            return None, load_failure(str(error), torch.version.cuda)
+            return None, load_failure(str(error), cuda)
         folder = Path(next(iter(importlib.import_module(top).__path__)))
         return None, not_built(folder / "_build_reason.txt")
     except (ImportError, OSError) as error:
-        return None, load_failure(str(error), torch.version.cuda)
-    return module, cuda_mismatch(module.build_info()["cuda"], torch.version.cuda)
+        return None, load_failure(str(error), cuda)
+    return module, cuda_mismatch(module.build_info()["cuda"], cuda)
 
 
 _C, _REASON = _load()

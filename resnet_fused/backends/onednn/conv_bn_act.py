@@ -54,7 +54,7 @@ def dtype_unsupported(dtype: torch.dtype) -> str | None:
     return None
 
 
-dtype_unsupported._dynamo_marked_constant = True  # assume_constant_result, without its seconds of imports
+vars(dtype_unsupported)["_dynamo_marked_constant"] = True  # assume_constant_result, without its seconds of imports
 
 
 def configs(call: "Call") -> list[None]:
@@ -90,7 +90,7 @@ def _folded(key: Tensor, x: Tensor, sources: tuple, eps: float, conv_args: tuple
         kept = _Folded(settings, copies, None, {})
     packed = kept.packed.get(x.shape)
     if packed is None:
-        weight, shift = _fold(*kept.sources, eps)
+        weight, shift = _fold(*(*kept.sources, eps))
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *conv_args, x.shape)
         recent = list(kept.packed.items())[1 - SHAPES :]
         kept = _cache[key] = kept._replace(shift=shift, packed=dict([*recent, (x.shape, packed)]))

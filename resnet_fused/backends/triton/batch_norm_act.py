@@ -1,9 +1,6 @@
 """The operators behind `batch_norm_act` in Triton."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from .. import batch_norm
 from .batch_norm_apply import plan_apply
@@ -37,5 +34,5 @@ def kernel_class(call: "StepCall", config: None) -> str:
     return batch_norm.kernel_class(call)
 
 
-def plan(call: "StepCall", config: None) -> Callable[["StepCall"], tuple[Tensor, ...]]:
+def plan(call: "StepCall", config: None) -> batch_norm.Run:
     return batch_norm.plan(call, PLANNERS)

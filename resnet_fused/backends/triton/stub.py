@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -51,7 +52,7 @@ def stubbed() -> Iterator[None]:
     before = driver._active, CUDABackend.make_cubin, conv._device
     driver.set_active(_Driver())
     CUDABackend.make_cubin = lambda self, src, *args: src.encode()
-    conv._device = lambda index: (CAPABILITY, MULTIPROCESSORS)
+    conv._device = lru_cache(lambda index: (CAPABILITY, MULTIPROCESSORS))
     try:
         yield
     finally:

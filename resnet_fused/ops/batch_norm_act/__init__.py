@@ -19,7 +19,7 @@ Equivalent to:
     y = F.relu(y + F.batch_norm(residual, *residual_bn...))
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class _Options(NamedTuple):
     group: dist.ProcessGroup | None  # over which the statistics are gathered
 
 
-def _statistics(o: _Options, x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(o: _Options, x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """mean and variance [C] of the whole batch over every rank, its count [] (None: x's own), and x + pre_add."""
     fused = o.fused and x.numel() > 0  # a rank may have no images
     mean, m2, total = (_FUSED if fused else _PLAIN)[0](x, pre_add)
@@ -136,22 +136,13 @@ class _BatchNormAct(torch.autograd.Function):
         gradients = dx(*common, *totals, count, dtotal if ctx.has_total else None, needs_dx, needs[5])
         dx, dresidual = (g if needed else None for g, needed in zip(gradients, (needs_dx, needs[5]), strict=True))
 
-        def vector(i: int, like: Tensor | None, value: Tensor | None) -> Tensor | None:
+        def vector(i, like, value):
             return value.to(like.dtype) if needs[i] else None
 
         return (
-            dx if needs[0] else None,
-            vector(1, weight, sum_xhat),
-            vector(2, bias, sum_dz),
-            None,
-            None,
-            dresidual,
-            vector(6, weight2, sum_rhat),
-            vector(7, bias2, sum_dz),
-            None,
-            None,
-            dx if needs[10] else None,
-            None,
+            *(dx if needs[0] else None, vector(1, weight, sum_xhat), vector(2, bias, sum_dz), None, None),
+            *(dresidual, vector(6, weight2, sum_rhat), vector(7, bias2, sum_dz), None, None),
+            *(dx if needs[10] else None, None),
         )
 
 
@@ -206,8 +197,8 @@ def batch_norm_act(
             ),
         )
         key = (*keyed(call), act)
-        if (serves := plans.short.get(key)) is not None:
-            return serves(call)
+        if (serve := plans.short.get(key)) is not None:
+            return serve(call)
 
     _checks.image("x", x)
     _checks.act(act)
@@ -240,9 +231,9 @@ def batch_norm_act(
             if training and tape.replays:  # the running statistics have counted this batch: copies are updated
                 running_mean, running_var, *copies = _copies(running_mean, running_var, *bn2)
                 residual_bn = residual_bn and BN(*copies)
-            inputs = dict(residual=residual, residual_bn=residual_bn, pre_add=pre_add)
-            settings = dict(training=training, momentum=momentum, eps=eps, act=act)
-            return reference(x, weight, bias, running_mean, running_var, **inputs, **settings)
+            options: dict[str, Any] = dict(residual=residual, residual_bn=residual_bn, pre_add=pre_add)
+            options |= dict(training=training, momentum=momentum, eps=eps, act=act)
+            return reference(x, weight, bias, running_mean, running_var, **options)
     elif batch_statistics and group is None and x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
@@ -251,8 +242,8 @@ def batch_norm_act(
         return y if pre_add is None else (y, total)
     if short and fused and plain(call):
         return train(key, call)
-    options = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
-    args = (x, *bn, residual, *bn2, pre_add, options)
+    o = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
+    args = (x, *bn, residual, *bn2, pre_add, o)
     y, total, mean, var, mean2, var2, count = _BatchNormAct.apply(*args)
     if training:
         count = x.numel() // x.shape[1] if count is None else count

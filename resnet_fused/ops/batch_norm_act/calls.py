@@ -4,7 +4,7 @@ Collectives stand between them. Each has its formula in plain PyTorch, which ser
 does and is what kernels are checked against before their first use. z is x + pre_add, or x.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import numerics, registry
-from .._calls import metadata, power_of_two
+from .._calls import metadata, named, power_of_two
 from .._library import register
 from . import formulas
 
@@ -33,13 +33,17 @@ DX = (
 )
 
 
-class Step:
-    """What dispatch asks of a call."""
+class Step(tuple[Any, ...]):
+    """What dispatch asks of a call; its fields are those of the NamedTuple in front of it."""
 
+    __slots__ = ()
     op = "batch_norm_act"
     step: str
     _formula: Callable[..., tuple[Tensor, ...]]
     _fake: Callable[..., tuple[Tensor, ...]]
+
+    def _of(self, values: Iterable[Any]) -> Self:
+        return tuple.__new__(type(self), values)
 
     @property
     def name(self) -> str:
@@ -57,8 +61,9 @@ class Step:
 
     def absolute(self) -> Self:
         """The call with which the formula computes on absolute values: |z| + |mean| in the place of z - mean."""
-        values = {n: v.abs() if isinstance(v, Tensor) else v for n, v in zip(self._fields, self, strict=True)}
-        return type(self)(**values | {n: -values[n] for n in ("mean", "residual_mean") if values.get(n) is not None})
+        values = {n: v.abs() if isinstance(v, Tensor) else v for n, v in named(self).items()}
+        values |= {n: -values[n] for n in ("mean", "residual_mean") if values.get(n) is not None}
+        return self._of(values.values())
 
     def magnitudes(self) -> tuple[Tensor, ...]:
         return self.absolute().reference()
@@ -78,9 +83,7 @@ class Step:
                 return draw.like(t, positive=True) * (pixels if name.startswith("sum") else 1)
             return draw.like(t)
 
-        return type(self)(
-            *(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
-        )
+        return self._of(like(n, a) if isinstance(a, Tensor) else a for n, a in named(self).items())
 
     def written(self) -> tuple[Tensor, ...]:
         """The arguments that the call writes."""
@@ -220,7 +223,7 @@ class _Dx(NamedTuple):
     sum_dz: Tensor | None
     sum_dz_xhat: Tensor | None
     sum_dz_rhat: Tensor | None
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # tuples have a method of that name, which nobody calls
     dtotal: Tensor | None
     need_dx: bool
     need_dresidual: bool
@@ -229,21 +232,24 @@ class _Dx(NamedTuple):
 class Backward(Step):
     """Of a ReLU whose mask may have to be computed anew."""
 
+    __slots__ = ()
+
     def drawn(self) -> Self:
         return super().drawn().settled()
 
     def settled(self) -> Self:
         """dy is 0 where the sign under the ReLU is in doubt."""
-        if not self.relu or self.relu_mask is not None:
+        dy, relu_mask, relu = self[0], self[12], self[13]
+        if not relu or relu_mask is not None:
             return self
         pre_activation = formulas.pre_activation(*self[1:12])
-        return self._replace(dy=torch.where(pre_activation.abs() < 0.05, 0, self.dy))
+        return self._of((torch.where(pre_activation.abs() < 0.05, 0, dy), *self[1:]))
 
     def absolute(self) -> Self:
         """Where the ReLU's gradient passes is decided by the values themselves."""
         call = super().absolute()
         dz = formulas.masked(*self[:14]).abs()
-        return call._replace(dy=dz, relu_mask=None, relu=False)
+        return self._of((dz, *call[1:12], None, False, *call[14:]))  # without a mask or a ReLU
 
 
 class SumsCall(_Sums, Backward):
@@ -268,10 +274,7 @@ class DxCall(_Dx, Backward):
 
     def magnitudes(self) -> tuple[Tensor, ...]:
         call = self.absolute()  # its sums enter with a minus
-        negative = {
-            n: None if (s := getattr(call, n)) is None else -s for n in ("sum_dz", "sum_dz_xhat", "sum_dz_rhat")
-        }
-        return call._replace(**negative).reference()
+        return call._of((*call[:14], *(None if s is None else -s for s in call[14:17]), *call[17:])).reference()
 
     @staticmethod
     def _fake(dy, *args):

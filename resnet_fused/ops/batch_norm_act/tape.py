@@ -30,7 +30,7 @@ class Tape(threading.local):
 
     def through(self, compute: Callable[[], tuple]) -> tuple:
         """The statistics of the next BN: computed, or those of the first time."""
-        if self._next is not None:
+        if self._next is not None and self._entries is not None:
             self._next += 1
             return self._entries[self._next - 1]
         result = compute()

@@ -45,13 +45,15 @@ class TrainingCall(_Training, Step):
         none = self.x.new_empty(0)
         mean, m2, total = formulas.statistics(self.x, self.pre_add)
         count = self.x.numel() // self.x.shape[1]
-        mean2, m22, _ = formulas.statistics(self.residual, None) if self.two_bn else (none, none, none)
+        mean2 = m22 = none
+        if self.two_bn and self.residual is not None:
+            mean2, m22, _ = formulas.statistics(self.residual, None)
         y, mask, _ = self.applied(total, mean, m2 / count, mean2, m22 / count).reference()
         return y, mask, total, mean, m2 / count, mean2, m22 / count
 
     def applied(self, total: Tensor, mean: Tensor, var: Tensor, mean2: Tensor, var2: Tensor) -> ApplyCall:
         z = self.x if self.pre_add is None else total
-        two = (mean2, var2) if self.two_bn else (None, None)
+        two: tuple[Tensor | None, Tensor | None] = (mean2, var2) if self.two_bn else (None, None)
         bn2 = (self.residual_weight, self.residual_bias, *two)
         return ApplyCall(
             z, self.weight, self.bias, mean, var, self.eps, self.residual, *bn2, None, self.relu, self.save_mask
@@ -60,17 +62,19 @@ class TrainingCall(_Training, Step):
     def _running(self) -> tuple[Tensor | None, ...]:
         return self.running_mean, self.running_var, self.residual_running_mean, self.residual_running_var
 
-    def update_running(self, *statistics: Tensor) -> None:
-        """statistics: mean, var, and those of the residual's BN."""
+    def update_running(self, mean: Tensor, var: Tensor, mean2: Tensor | None, var2: Tensor | None) -> None:
+        """mean2, var2: those of the residual's BN."""
         count = self.x.numel() // self.x.shape[1]
-        for i in (0, 2):
-            formulas.update_running(*self._running()[i : i + 2], *statistics[i : i + 2], count, self.momentum)
+        formulas.update_running(self.running_mean, self.running_var, mean, var, count, self.momentum)
+        running2 = self.residual_running_mean, self.residual_running_var
+        formulas.update_running(*running2, mean2, var2, count, self.momentum)
 
     def reference(self) -> tuple[Tensor, ...]:
         running = [None if r is None else r.clone() for r in self._running()]
         names = ("running_mean", "running_var", "residual_running_mean", "residual_running_var")
         results = self._compute()
-        copy = self._replace(**dict(zip(names, running, strict=True)))
+        copies: dict[str, Any] = dict(zip(names, running, strict=True))
+        copy = self._replace(**copies)
         copy.update_running(*results[3:])
         return *results, *copy.written()
 
@@ -81,12 +85,15 @@ class TrainingCall(_Training, Step):
 
     def eager(self) -> Tensor | tuple[Tensor, Tensor]:
         """The public function's result by PyTorch's own operators and their autograd."""
-        running = self.running_mean, self.running_var
-        bn2 = self[8:12] if self.two_bn else None
         return reference(
-            *(self.x, self.weight, self.bias, *running),
-            **dict(residual=self.residual, residual_bn=bn2, pre_add=self.pre_add, training=True),
-            **dict(momentum=self.momentum, eps=self.eps, act="relu" if self.relu else "none"),
+            *self[:5],
+            residual=self.residual,
+            residual_bn=self[8:12] if self.two_bn else None,
+            pre_add=self.pre_add,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+            act="relu" if self.relu else "none",
         )
 
     def key(self) -> Hashable:
@@ -100,7 +107,10 @@ class TrainingCall(_Training, Step):
         y = self.applied(total, *statistics).magnitudes()[0]
         count = self.x.numel() // self.x.shape[1]
         found = [total]
-        for x, pre_add in ((self.x, self.pre_add), *([(self.residual, None)] if self.two_bn else [])):
+        normalised = [(self.x, self.pre_add)]
+        if self.two_bn and self.residual is not None:
+            normalised.append((self.residual, None))
+        for x, pre_add in normalised:
             mean, m2, _ = StatisticsCall(x, pre_add).magnitudes()
             found += [mean, m2 / count]
         found += [total.new_empty(0)] * (5 - len(found))
@@ -157,7 +167,7 @@ class BackwardCall(_Backward, Step):
 
     def dx(self, sums: Sequence[Tensor]) -> DxCall:
         rhat = sums[2] if self.residual_mean is not None else None
-        return DxCall(*self[:14], *sums[:2], rhat, None, *self[14:])
+        return DxCall(*self[:14], sums[0], sums[1], rhat, None, *self[14:])
 
     def drawn(self) -> Self:
         call = super().drawn()

@@ -20,6 +20,8 @@ Equivalent to:
 """
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +158,7 @@ def conv_bn_act(
         *(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps),
         *(stride, padding, dilation, groups, residual, act == "relu"),
     )
+    lacks: str | None
     if _checks.needs_grad((bn_weight, bn_bias)):
         lacks = "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
     else:
@@ -171,20 +174,23 @@ def conv_bn_act(
     return y
 
 
-def _hashable(value: Pair) -> Pair:
+def _hashable(value: Any) -> Sequence[int]:
     """A pair of an integer, a list as a tuple."""
     if value.__class__ is int:
         return value, value
     return tuple(value) if isinstance(value, list) else value
 
 
-def _autocast(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The arguments cast as autocast casts a convolution's."""
     floating = x.is_floating_point() and weight.is_floating_point()
     if not floating or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x, weight, *others
+        return x, weight, bias, residual
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), *(None if t is None else t.to(dtype) for t in others)
+    bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+    return x.to(dtype), weight.to(dtype), bias, residual
 
 
 def _pair(name: str, value: Pair, least: int) -> list[int]:

@@ -11,7 +11,7 @@ from ... import dispatch
 from ...dispatch import numerics
 from .._calls import BN, metadata, power_of_two
 
-Pair = int | tuple[int, int]
+Pair = int | Sequence[int]
 
 SCHEMA = (
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
@@ -46,9 +46,7 @@ def reference(
     return F.relu(y) if act == "relu" else y
 
 
-class Call(NamedTuple):
-    """One call of the registered operator: the schema's fields in its order."""
-
+class _Fields(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -64,6 +62,11 @@ class Call(NamedTuple):
     residual: Tensor | None
     relu: bool
 
+
+class Call(_Fields):
+    """One call of the registered operator: the schema's fields in its order."""
+
+    __slots__ = ()
     op = name = "conv_bn_act"
 
     @property
@@ -93,13 +96,15 @@ class Call(NamedTuple):
             scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
             return draw.like(t, positive=name == "running_var", images=name != "weight", scale=scale)
 
-        return Call(*(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True)))
+        return Call._make(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
 
     def written(self) -> tuple[Tensor, ...]:
         return ()
 
     def allow_tf32(self) -> bool:
-        return self.x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return (
+            self.x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # made at import
+        )
 
     def misaligned(self) -> str | None:
         """Which image does not start at a multiple of 16 bytes, or None."""
@@ -136,7 +141,9 @@ class Call(NamedTuple):
         return dispatch.trial(backend, self)
 
 
-def out_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
+def out_shape(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
     """[N, K, P, Q] of the convolution."""
     p, q = (
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1

@@ -175,8 +175,9 @@ def dx_kernel(
         count = tl.load(count_tensor)
     if sum_xhat is not None:
         means = load_means(sum_dz, sum_xhat, bn[1], count, c, c < C)
-    if sum_rhat is not None:
-        means2 = load_means(sum_dz, sum_rhat, bn2[1], count, c, c < C)
+    if bn2 is not None:
+        if sum_rhat is not None:
+            means2 = load_means(sum_dz, sum_rhat, bn2[1], count, c, c < C)
 
     first_row = split.to(tl.int64) * tiles * BLOCK_M
     for _ in tl.range(tl.minimum(tl.cdiv(M - first_row, BLOCK_M), tiles).to(tl.int32), num_stages=3):

@@ -197,7 +197,7 @@ def _plan_gather(x: Tensor) -> Callable[..., Tensor | None]:
     return run
 
 
-def statistics(x: Tensor, pre_add: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(x: Tensor, pre_add: Tensor | None = None) -> tuple[Tensor, ...]:
     """Mean [C], M2 [C] = sum (z - mean)^2 and z of z = x (+ pre_add, rounded to x's dtype).
 
     x and pre_add dense channels_last [N, C, H, W], not empty; z has no elements where pre_add is None: then it is x.

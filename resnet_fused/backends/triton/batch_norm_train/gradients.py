@@ -51,7 +51,7 @@ def plan_backward_sums(
     return run
 
 
-def backward_sums(*args) -> tuple[Tensor, Tensor, Tensor]:
+def backward_sums(*args) -> tuple[Tensor, ...]:
     """Sums [C] over N, H and W of dz, dz * xhat and dz * rhat (of no elements where the residual has no BN), float32.
 
     dz is dy where the ReLU's gradient passes: by `relu_mask` of `apply_with_mask`, or by the pre-activation computed
@@ -106,7 +106,7 @@ def plan_backward_dx(
     return run
 
 
-def backward_dx(*args) -> tuple[Tensor, Tensor]:
+def backward_dx(*args) -> tuple[Tensor, ...]:
     """dx = s * (dz - sum_dz / count - xhat * sum_dz_xhat / count) (+ dtotal), and the residual's gradient.
 
     s * dz where `sum_dz_xhat` is None: the statistics were given; `sum_dz_rhat` says the same of the shortcut's BN. The

@@ -154,7 +154,7 @@ def plan_conv_bn_act(
     x = x if p.flat else x.contiguous(memory_format=channels_last)  # one of many: only its layout counts
     weight = weight.contiguous(memory_format=channels_last)
 
-    rest = {"eps": eps, "M": p.M, "H": H, "W": W, "C": p.C, "P": P, "Q": Q, "K": p.K}
+    rest: dict[str, Any] = {"eps": eps, "M": p.M, "H": H, "W": W, "C": p.C, "P": P, "Q": Q, "K": p.K}
     rest |= dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), x.stride(), strict=True))
     rest |= {"R": R, "S": S, "GROUPS": groups, "WHOLE_C": p.C % config["BLOCK_K"] == 0, "RELU": relu}
     for name, pair in (("STRIDE", stride), ("PAD", padding), ("DILATION", dilation)):
@@ -199,7 +199,8 @@ def plan_conv_bn_act(
 
 def conv_bn_act(*args, allow_tf32: bool = False, config: Config | None = None) -> Tensor:
     """y [N, K, P, Q] in channels_last; x, weight and residual of any layout, x with up to 4 channels read as it is."""
-    return plan_conv_bn_act(*args, allow_tf32=allow_tf32, config=config)(*args[:14])
+    options: dict[str, Any] = {"allow_tf32": allow_tf32, "config": config}
+    return plan_conv_bn_act(*args, **options)(*args[:14])
 
 
 _default_config = config  # plan_conv_bn_act has a parameter of that name

@@ -1,0 +1,214 @@
+"""The network of v1: a stem, stages of blocks, and a classifier; what a model's name stands for is made of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import PadShortcut, Recompute, Step, counters, run
+from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
+from .weights import WeightsArg, load_state_dict, resolve
+
+torch.fx.wrap("run")
+
+Stem = Literal["imagenet", "cifar"]
+Shortcut = Literal["A", "B", "C"] | None
+Network = TypeVar("Network", bound="ResNet")
+
+
+class ResNet(nn.Module):
+    """torchvision's `ResNet`, whose blocks run on the fused operators where a backend serves them.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        layers: number of blocks in each stage.
+        num_classes: outputs of the last linear layer.
+        zero_init_residual: start every residual branch at zero (https://arxiv.org/abs/1706.02677).
+        groups, width_per_group: cardinality and width of the 3x3 convolutions (ResNeXt, wide ResNet).
+        replace_stride_with_dilation: a flag for every stage but the first; where true, it dilates instead of striding.
+        norm_layer: constructor of the normalisation, `nn.BatchNorm2d` by default; it and SyncBatchNorm are fused.
+        stem: "imagenet", a 7x7 convolution of stride 2 and max pooling; "cifar", a 3x3 convolution of stride 1.
+        shortcut: where a stage changes the shape, the paper's option "A", subsampling and zeros for the new channels,
+            or "B", a projection; "C", projections in every block; None, no shortcuts at all: a plain network.
+        widths: of the 3x3 convolutions, stage by stage; the first is the stem's too.
+        stride_in_1x1: put a stage's stride on the first 1x1 convolution, as in the paper (v1), not on the 3x3 (v1.5).
+        recompute: what the backward pass computes again instead of keeping; see `set_recompute`.
+        channels_last: keep the convolutions' weights in channels_last; False leaves them contiguous, for FSDP2, LBFGS
+            and safetensors' own `save_file`, which refuse the other layout.
+
+    Shape: [N, 3, H, W] in either memory format -> [N, num_classes].
+    """
+
+    def __init__(
+        self,
+        block: type[Block],
+        layers: list[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        stem: Stem = "imagenet",
+        shortcut: Shortcut = "B",
+        widths: Sequence[int] = (64, 128, 256, 512),
+        stride_in_1x1: bool = False,
+        recompute: Recompute = None,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(layers) != len(widths):
+            raise ValueError(f"layers must have {len(widths)} elements, as many as widths, got {layers}")
+        dilate = replace_stride_with_dilation or [False] * (len(layers) - 1)
+        if len(dilate) != len(layers) - 1:
+            raise ValueError(
+                f"replace_stride_with_dilation must be None or have {len(layers) - 1} elements, got {dilate}"
+            )
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f'stem must be "imagenet" or "cifar", got {stem!r}')
+        if shortcut not in ("A", "B", "C", None):
+            raise ValueError(f'shortcut must be "A", "B", "C" or None, got {shortcut!r}')
+        if zero_init_residual and shortcut is None:
+            raise ValueError("zero_init_residual=True needs shortcuts: without them nothing but zeros would be left")
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.inplanes = widths[0]
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+        self.shortcut = shortcut
+        self.stride_in_1x1 = stride_in_1x1
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = conv3x3(3, self.inplanes)
+        self.bn1 = self._norm_layer(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem == "imagenet" else None
+        self._add_stages(block, layers, widths, dilate)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(widths[-1] * block.expansion, num_classes)
+
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
+                nn.init.constant_(m.weight, 1)
+                nn.init.constant_(m.bias, 0)
+        if zero_init_residual:
+            for m in self.modules():
+                if isinstance(m, Bottleneck) and isinstance(m.bn3.weight, Tensor):
+                    nn.init.constant_(m.bn3.weight, 0)
+                elif isinstance(m, BasicBlock) and isinstance(m.bn2.weight, Tensor):
+                    nn.init.constant_(m.bn2.weight, 0)
+        if channels_last:  # after initialisation: drawing into channels_last gives other bits
+            for m in self.modules():
+                if isinstance(m, nn.Conv2d):
+                    m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
+
+        self.set_recompute(recompute)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """What the backward pass computes again instead of keeping it in memory.
+
+        None: nothing. "activations": the outputs of BN + ReLU inside the blocks and in the stem, from the convolutions'
+        outputs. "blocks": everything but the blocks' inputs. Gradients are the same to rounding; running statistics,
+        `num_batches_tracked` and collectives are those of None. Compiled models decide for themselves what they keep.
+        A block with a module that is not fused (see `explain`) keeps what torchvision's would.
+
+        Raises:
+            ValueError: another value.
+        """
+        if recompute not in (None, "activations", "blocks"):
+            raise ValueError(f'recompute must be None, "activations" or "blocks", got {recompute!r}')
+        self.recompute = recompute
+        for m in self.modules():
+            if isinstance(m, Block):
+                m.recompute = recompute
+
+    def _add_stages(self, block: type[Block], layers: list[int], widths: Sequence[int], dilate: list[bool]) -> None:
+        self.stages = len(layers)
+        for i, (blocks, width) in enumerate(zip(layers, widths, strict=True)):
+            stage = self._make_layer(block, width, blocks, 1 if i == 0 else 2, i > 0 and dilate[i - 1])
+            self.add_module(f"layer{i + 1}", stage)
+
+    def _make_layer(
+        self, block: type[Block], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        previous_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        out_planes = planes * block.expansion
+        downsample = self._make_shortcut(self.inplanes, out_planes, stride)
+        shared = dict(groups=self.groups, base_width=self.base_width, norm_layer=self._norm_layer)
+        v1 = {"stride_in_1x1": True} if self.stride_in_1x1 else {}  # blocks of the user's own need not know it
+        stage = [block(self.inplanes, planes, stride, downsample, dilation=previous_dilation, **v1, **shared)]
+        self.inplanes = out_planes
+        for _ in range(1, blocks):
+            downsample = self._make_shortcut(out_planes, out_planes, 1)
+            stage.append(block(out_planes, planes, downsample=downsample, dilation=self.dilation, **shared))
+        if self.shortcut is None:
+            for m in stage:
+                m.residual = False
+        return nn.Sequential(*stage)
+
+    def _make_shortcut(self, in_planes: int, out_planes: int, stride: int) -> nn.Module | None:
+        """What the shortcut goes through, or None."""
+        same = stride == 1 and in_planes == out_planes
+        if self.shortcut is None or (same and self.shortcut != "C"):
+            return None
+        if self.shortcut == "A":
+            return PadShortcut(out_planes, stride)
+        return self._projection(in_planes, out_planes, stride)
+
+    def _stages(self) -> list[nn.Sequential]:
+        return [getattr(self, f"layer{i + 1}") for i in range(self.stages)]
+
+    def _projection(self, in_planes: int, out_planes: int, stride: int) -> nn.Module:
+        return nn.Sequential(conv1x1(in_planes, out_planes, stride), self._norm_layer(out_planes))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if self.recompute is not None:
+            return run(x, Step(self.conv1, self.bn1, self.relu), then=self.maxpool, recompute=self.recompute)
+        x = run(x, Step(self.conv1, self.bn1, self.relu))
+        return x if self.maxpool is None else self.maxpool(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or torch.compiler.is_compiling():
+            return self._forward_impl(x)
+        with counters.together():
+            return self._forward_impl(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self._stem(x)
+
+        for stage in self._stages():
+            x = stage(x)
+
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.fc(x)
+
+
+def build(
+    name: str,
+    network: type[Network],
+    block: type[Block],
+    layers: list[int],
+    weights: WeightsArg,
+    progress: bool,
+    kwargs: dict[str, Any],
+    **fixed: Any,
+) -> Network:
+    """The model of that name: `network(block, layers)` with what its name and its weights ask for."""
+    source = resolve(name, weights)
+    for key, value in (fixed | (source.model_kwargs if source else {})).items():
+        if kwargs.setdefault(key, value) != value:
+            given = f" with weights={weights!r}" if source else ""
+            raise ValueError(f"{name}{given} takes {key}={value}, got {key}={kwargs[key]}")
+    model = network(block, layers, **kwargs)
+    if source:
+        load_state_dict(model, source.state_dict(progress), source=source.name)
+    return model
