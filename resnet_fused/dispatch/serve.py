@@ -94,19 +94,27 @@ def timed(call: Any) -> dict[str, float]:
     found = speed.times(device, layer_class)
     if found or trust.capturing(device) or call[0].numel() == 0:
         return found
+    try:
+        found = measured(call)
+    except torch.OutOfMemoryError:  # the table of guesses serves
+        return {}
+    if found:
+        speed.keep_times(device, layer_class, found)
+    return found
+
+
+def measured(call: Any) -> dict[str, float]:
+    """`timed`, whatever was kept; empty where no backend but eager serves."""
+    device = call[0].device
     names = [n for n in registry.candidates(device, call.order()) if registry.unavailable(n, device) is None]
     names = [name for name in names if _configured(name, call)[1] is None]
     if not names:
         return {}
     listener, registry.listener = registry.listener, None  # what is timed is not the model's
     try:
-        found = speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, device)
-    except torch.OutOfMemoryError:  # the table of guesses serves
-        return {}
+        return speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, device)
     finally:
         registry.listener = listener
-    speed.keep_times(device, layer_class, found)
-    return found
 
 
 def trial(name: str, call: Any) -> speed.Launch:

@@ -1,0 +1,142 @@
+"""`resnet-fused doctor`: its sections one after the other, each printed when it is there."""
+
+import argparse
+import collections
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import explain, info, models
+from ..bench import host
+from ..dispatch import registry
+from . import layers, parity, runs
+
+SIZE, BATCH, BATCHES = 224, 32, (1, 32, 256)  # images; of the layers, and end to end
+_WITHOUT_GPU = (
+    "no GPU here: on one, doctor also times every kind of layer by every backend against eager and the device's own "
+    "ceilings, a cold start, and ResNet-50 end to end"
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+
+
+def main(args: argparse.Namespace, device: torch.device) -> int:
+    """0 where every check passed, else 1."""
+    found: dict[str, Any] = {"environment": info.collect()}
+    print(info.text(found["environment"]), end="\n\n")
+    on_gpu = device.type == "cuda"
+    print("numbers against float64: the largest error's share of its budget")
+    found["parity"] = list(parity.rows(device)) if on_gpu else parity.interpreted()
+    _print(_parity_table(found["parity"]))
+    found["host"] = _host()
+    print(f"\nhost time of ResNet-50, of torchvision's: {_host_text(found['host'])}")
+    if on_gpu:
+        _on_gpu(found, device)
+    found["verdict"] = verdict(found)
+    print(f"\n{found['verdict']}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1))
+    return 1 if any(row["wrong"] for row in found["parity"]) else 0
+
+
+def _on_gpu(found: dict[str, Any], device: torch.device) -> None:
+    found["ceilings"] = layers.ceilings(device)
+    print(f"\nceilings: copy {found['ceilings']['copy_gb_s']:.0f} GB/s, ", end="")
+    print(f"float16 products {found['ceilings']['gemm_tflop_s']:.0f} TFLOP/s")
+    found["layers"] = {}
+    for training in (False, True):
+        mode = "training, forward and backward" if training else "inference"
+        print(f"\nmicroseconds a layer, ResNet-50, batch {BATCH}, {mode}")
+        found["layers"][mode] = layers.rows(device, BATCH, SIZE, found["ceilings"], training)
+        _print(_layer_table(found["layers"][mode]))
+    found["cold_start"] = runs.cold_start(device, SIZE)
+    print(f"\nfirst ResNet-50 forward pass: {_numbers(found['cold_start'])}")
+    model = models.resnet50().to(device).eval()
+    with torch.no_grad():
+        served = explain(model, torch.randn(BATCH, 3, SIZE, SIZE, device=device))
+    found["auto"] = [{"layer": row.layer, "ran": row.ran, "why": row.why} for row in served]
+    chosen = collections.Counter(ran.partition(" (")[0] for row in served for ran in row.ran)
+    print(f"\nwhat auto chose at batch {BATCH}: {', '.join(f'{ran} {n}x' for ran, n in chosen.most_common())}")
+    found["end_to_end"] = []
+    print("\nResNet-50 end to end, float16, eager and auto")
+    for batch, training in itertools.product(BATCHES, (False, True)):
+        found["end_to_end"].append(row := runs.end_to_end(device, batch, SIZE, training))
+        print(f"  batch {batch:3} {'train' if training else 'eval ':5} {_numbers(row)}")
+
+
+def _host() -> dict[str, Any]:
+    """Microseconds of both, or what they lack."""
+    try:
+        return host.figures("resnet50")
+    except (ImportError, RuntimeError) as error:
+        return {"lacks": str(error)}
+
+
+def _host_text(found: dict[str, Any]) -> str:
+    if "lacks" in found:
+        return f"not measured, {found['lacks']}"
+    return ", ".join(f"{mode} {ours / theirs:.2f}x" for mode, (theirs, ours) in found.items())
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """One line."""
+    wrong = [row for row in found["parity"] if row["wrong"]]
+    if wrong:
+        first = wrong[0]
+        what = f"{first['operator']} on {first['backend']} in {first['dtype']}: {first['wrong']}"
+        return f"{len(wrong)} of {len(found['parity'])} checks FAILED, first {what}"
+    passed = f"all {len(found['parity'])} checks passed"
+    if "end_to_end" not in found:
+        return f"{passed} in Triton's interpreter; {_WITHOUT_GPU}"
+    gains = [
+        f"{row['gain']:.2f}x eager at batch {row['batch']} {'training' if row['training'] else 'inference'}"
+        for row in found["end_to_end"]
+        if "gain" in row
+    ]
+    slower = any(row.get("gain", 1.0) < 0.98 for row in found["end_to_end"])
+    return f"{passed}; {'SLOWER than eager somewhere: ' if slower else ''}{', '.join(gains)}"
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    named = {k: v for k, v in row.items() if k not in ("batch", "training")}
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items())
+
+
+def _parity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A row an operator and dtype, a column a backend: the largest share, or what is wrong."""
+    names = [name for name in registry.BACKENDS if any(row["backend"] == name for row in rows)]
+    table = [["operator", "dtype", *names]]
+    for operator, dtype in dict.fromkeys((row["operator"], row["dtype"]) for row in rows):
+        cells = []
+        for name in names:
+            mine = [r for r in rows if (r["operator"], r["dtype"], r["backend"]) == (operator, dtype, name)]
+            wrong = next((f"{r['case']}: {r['wrong']}" for r in mine if r["wrong"]), None)
+            cells.append(wrong or (f"{max(r['share'] for r in mine):.2f}" if mine else "-"))
+        table.append([operator, dtype, *cells])
+    return table
+
+
+def _layer_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    table = [["layer", "layers", *names, "floor", "floor / best"]]
+    for row in rows:
+        times = [f"{row['us'][n]:.1f}" if n in row["us"] else "-" for n in names]
+        floor = row.get("floor_us")
+        best = min(row["us"].values(), default=None)
+        share = f"{floor / best:.0%}" if floor is not None and best else "-"
+        table.append([row["layer"], str(row["layers"]), *times, "-" if floor is None else f"{floor:.1f}", share])
+    return table
+
+
+def _print(table: Iterable[list[str]]) -> None:
+    rows = list(table)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,103 @@
+"""Every operator, backend and dtype against float64, on random inputs and within the one error budget."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import testing
+from ..dispatch import numerics, registry
+from ..ops.batch_norm_act.calls import ApplyCall
+from ..ops.batch_norm_act.training import BackwardCall, TrainingCall
+from ..ops.conv_bn_act import Call
+
+CASES = ("conv-1x1-join", "conv-3x3-join", "conv-3x3-s2", "conv-7x7-s2", "conv-3x3-g32", "conv-bias", "bn-relu",
+         "bn-join", "bn-two-bn-join", "bn-pre-add", "bn-half")  # fmt: skip
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+EPS = 1e-5
+
+Row = dict[str, Any]
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """operator, case, dtype, backend, `share` of the budget that the largest error takes, and what is `wrong` or None.
+
+    A backend that does not serve a case has no row.
+    """
+    backends = [n for n in registry.BACKENDS if n != registry.PLAIN and registry.unavailable(n, device) is None]
+    for case in testing.CASES:
+        for dtype in DTYPES if case.id in CASES else ():
+            calls = _calls(case, DTYPES[dtype], device)
+            for name in backends:
+                for call in calls:
+                    if registry.unsupported(name, call) is None:
+                        row = {"operator": call.name, "case": case.id, "dtype": dtype, "backend": name}
+                        yield row | _checked(name, call)
+
+
+def _checked(name: str, call: Any) -> Row:
+    implementation = registry.implementation(name, call.op)
+    try:
+        with torch.no_grad():
+            call = call.drawn()
+            limits = list(numerics.call_limits(call))
+            with testing.nan_filled_memory():
+                found = implementation.plan(call, implementation.configs(call)[0])(call)
+            results = (*numerics.as_tuple(found), *call.written())
+            return {"share": _share(results, limits), "wrong": numerics.wrong(results, limits)}
+    except Exception as error:  # one that does not run is as wrong as any, and the others are still tried
+        return {"share": None, "wrong": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
+
+
+def _share(results: tuple[Tensor, ...], limits: list[numerics.Limit]) -> float:
+    shares = [0.0]
+    for result, (oracle, plain, budget) in zip(results, limits, strict=True):
+        if result is not None and plain.is_floating_point() and oracle.numel() and result.shape == oracle.shape:
+            error = numerics.largest(result.double() - oracle)
+            shares.append(error / budget if budget else (float("inf") if error else 0.0))
+    return float("nan") if any(s != s for s in shares) else max(shares)
+
+
+def _calls(case: testing.Case, dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """The records of the case's operators."""
+    args, given = testing.make_inputs(case, dtype=dtype, device=device)
+    relu, residual = given.get("act", "relu") == "relu", given.get("residual")
+    fields: tuple[Any, ...]
+    if case.op == "conv_bn_act":
+        pairs = [[given.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        fields = (*args[:2], given.get("bias"), *args[2:], EPS, *pairs, given.get("groups", 1), residual, relu)
+        return [Call(*fields)]
+    x, pre_add, two_bn = args[0], given.get("pre_add"), "residual_bn" in given
+    bn2 = given.get("residual_bn", (None,) * 4)
+    join = relu and residual is not None and not two_bn
+    fields = (*args, 0.1, EPS, residual, *bn2, two_bn, pre_add, relu, join)
+    training = TrainingCall(*fields)
+    y, mask, total, mean, var, mean2, var2 = training.fake()
+    z, kept = x if pre_add is None else total, (residual, *bn2[:2], mean2, var2) if two_bn else (None,) * 5
+    fields = (y, z, *args[1:3], mean, var, EPS, *kept, mask if join else None, relu, None, True, residual is not None)
+    backward = BackwardCall(*fields)
+    fields = (*args, EPS, residual, *bn2, pre_add, relu, False)
+    return [ApplyCall(*fields), training, backward]
+
+
+def interpreted() -> list[Row]:
+    """The rows that Triton's interpreter gives on a CPU, from a process of its own: Triton decides when it loads.
+
+    Raises:
+        RuntimeError: the process failed; the message is its last line.
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", f"{__package__}.parity"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    json.dump(list(rows(torch.device("cpu"))), sys.stdout)
