@@ -56,12 +56,12 @@ class _ConvBNAct(torch.autograd.Function):
         x, weight, bn_weight, mean, var, y = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.conv_args
         needs = ctx.needs_input_grad
-        dz = dy if y is None else torch.where(y <= 0, 0, dy)
+        dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
         dconv = dz
         if mean is not None:
             scale = (var.float() + ctx.eps).rsqrt()
             scale = scale if bn_weight is None else scale * bn_weight.float()
-            dconv = (dz.float() * scale[:, None, None]).to(dz.dtype)
+            dconv = _scaled(dz, scale[:, None, None])
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
             dconv,
             x,
@@ -76,6 +76,13 @@ class _ConvBNAct(torch.autograd.Function):
             [needs[0], needs[1], needs[2]],
         )
         return dx, dweight, dbias, *[None] * 9, dz if needs[12] else None, None
+
+
+def _scaled(dz: Tensor, scale: Tensor) -> Tensor:
+    """dz * scale, rounded once to dz's dtype, in one pass."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (dz.float() * scale).to(dz.dtype)
+    return torch.mul(dz, scale, out=torch.empty_like(dz))
 
 
 def conv_bn_act(
