@@ -4,6 +4,7 @@ from typing import Any
 
 from . import models, ops
 from ._version import __version__
+from .deploy import deploy
 from .dispatch.registry import BackendUnavailable, backend, set_backend
 from .explain import explain
 from .graphs import graphed
@@ -14,6 +15,7 @@ __all__ = [
     "BackendUnavailable",
     "__version__",
     "backend",
+    "deploy",
     "explain",
     "graphed",
     "models",

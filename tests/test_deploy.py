@@ -1,0 +1,140 @@
+"""deploy: a snapshot that gives the model's numbers, holds its own tensors, and refuses what it can't be made of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import resnet_fused
+from resnet_fused import deploy
+from resnet_fused.dispatch import speed, store, trust
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def drawn(model):
+    """In eval mode, with statistics that matter."""
+    torch.manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.normal_(m.bias)
+    return model.eval()
+
+
+class Odd(nn.Module):
+    """What a rewriting may get wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)
+        self.bn, self.shared = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.up, self.dilated = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(8, 8, 3, dilation=2, padding=2)
+        self.same, self.fc = nn.Conv2d(8, 8, 3, padding="same"), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x):
+        a = self.a(x)
+        twice = self.bn(self.b(a)) + a  # a convolution's result that two read
+        x = F.relu(self.shared(F.relu(twice)) + self.shared(a))  # two convolutions, one module
+        x = x + self.dilated(x).mean((2, 3), keepdim=True)  # an addend of another shape
+        x = torch.add(self.dilated(x), x, alpha=2)
+        x = F.relu(1 + self.same(x)) + self.up(x)[:, :, ::2, ::2]
+        x = torch.cat([x, self.bn(x)], 2)  # a BN without a convolution
+        return self.fc(x.permute(0, 2, 3, 1)).flatten(1), x.amax((1, 2, 3))
+
+
+MODELS = {
+    "resnet18": resnet_fused.resnet18,
+    "resnext50_32x4d": resnet_fused.resnext50_32x4d,
+    "cifar_resnet20": resnet_fused.cifar_resnet20,
+    "preact_resnet18": resnet_fused.preact_resnet18,
+    "odd": Odd,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_numbers_are_the_models_for_any_batch(name):
+    model = drawn(MODELS[name]())
+    with torch.no_grad():
+        for example in (X, X[:1]):
+            served = deploy(model, example)
+            for x in (X, X[:1], torch.cat([X, X, X])):
+                torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_take_bn_add_and_relu_with_them():
+    graph = deploy(drawn(resnet_fused.resnet18()), X)._run.graph
+    names = [n.target.name() for n in graph.nodes if n.op == "call_function"]
+    assert names.count("mkldnn::_convolution_pointwise") == 12
+    assert names.count("mkldnn::_convolution_pointwise.binary") == 8
+    assert set(names) <= {
+        *("mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise.binary", "mkldnn::_linear_pointwise"),
+        *("aten::max_pool2d", "aten::adaptive_avg_pool2d", "aten::reshape", "aten::sym_size.int"),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    model = drawn(resnet_fused.resnet18())
+    with torch.no_grad():
+        exact = model.double()(X.double())
+        model = model.to(dtype)
+        y, eager = (f(X.to(dtype)).double() for f in (deploy(model, X.to(dtype)), model))
+    own = (eager - exact).abs().max() if dtype != torch.float64 else 1e-12  # the oracle is its eager self
+    assert (y - exact).abs().max() <= 2 * own + torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_it_is_a_snapshot_without_parameters():
+    model = drawn(resnet_fused.resnet18())
+    served = deploy(model, X)
+    before = served(X)
+    assert not list(served._run.parameters())
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            t.zero_()
+    assert torch.equal(served(X), before) and before.any()
+
+
+def test_a_model_of_somebody_else_and_a_fused_one():
+    torchvision = pytest.importorskip("torchvision")
+    model = drawn(torchvision.models.resnet18())
+    with torch.no_grad():
+        torch.testing.assert_close(deploy(model, X)(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_what_can_not_be_deployed_is_named():
+    model = drawn(resnet_fused.cifar_resnet20())
+    for wrong, message in (
+        (resnet_fused.cifar_resnet20(), "train mode"),
+        (torch.compile(model), "compiled"),
+        (nn.DataParallel(model), "wrapped in DataParallel; deploy its `module`"),
+        (torch.jit.trace(nn.Linear(3, 3).eval(), torch.ones(1, 3)), "scripted"),
+        (drawn(resnet_fused.cifar_resnet20().half()), "dtype torch.float16, got torch.float32"),
+        (resnet_fused.cifar_resnet20().eval().to("meta"), "one device, the CPU or a CUDA device; got cpu, meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deploy(wrong, X)
+
+    class Strided(nn.Module):
+        def forward(self, x):
+            return x.as_strided((2, 3), (3, 1))
+
+    with pytest.raises(ValueError, match="as_strided"):
+        deploy(Strided().eval(), X)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cifar_resnet20", "odd"])
+def test_on_a_gpu_it_is_a_graph_of_fused_convolutions(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
+    trust.forget(), speed.forget()
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
+    model, x = drawn(MODELS[name]()).cuda(), X[:, :, :8, :8].cuda()
+    served = deploy(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(served(x), model(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(served(x[:1]), model(x[:1]), rtol=1e-3, atol=1e-3)
+    served.capture(x[:1])
+    torch.backends.cudnn.conv.fp32_precision = before
+    assert name == "odd" or len(served._run._captured) == 2
+    trust.forget(), speed.forget()
