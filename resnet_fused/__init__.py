@@ -4,7 +4,7 @@ from typing import Any
 
 from . import models, ops
 from ._version import __version__
-from .dispatch.registry import BackendUnavailable, backend, set_backend
+from .dispatch.registry import BackendUnavailable, backend, get_backend, set_backend
 from .explain import explain
 from .graphs import graphed
 from .models import *  # noqa: F403
@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "backend",
     "explain",
+    "get_backend",
     "graphed",
     "models",
     "ops",

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ _implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, operator) 
 
 listener: Callable[[str, "Choice", Any], None] | None = None  # set by explain and tune while they run a model
 _forced = os.environ.get("RESNET_FUSED_BACKEND", "auto")  # a plain global: a ContextVar would break compiled graphs
+_asked: dict[object, str] = {None: _forced}  # by set_backend and every open `with` block, the last in force
+_asking = threading.Lock()
 
 
 class BackendUnavailable(RuntimeError):
@@ -46,9 +49,9 @@ def set_backend(name: str) -> None:
         ValueError: `name` is not "auto", "cuda", "triton", "cudnn", "onednn" or "eager".
     """
     global _forced
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {_NAMES}; got {name!r}")
-    _forced = name
+    _check_name(name)
+    with _asking:
+        _asked[next(reversed(_asked))] = _forced = name
 
 
 def get_backend() -> str:
@@ -58,14 +61,37 @@ def get_backend() -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend inside a `with` block, as `set_backend` does; the choice is the process's, not the thread's."""
+    """Force one backend inside a `with` block, and leave what was forced before.
+
+    The choice is the process's: the threads in which autograd and DataParallel run have to see it. Of blocks that
+    overlap in several threads the one entered last decides, for all of them, until it ends.
+
+    Raises:
+        ValueError: as `set_backend`.
+    """
     global _forced
-    previous = _forced
-    set_backend(name)
+    _check_name(name)
+    if torch.compiler.is_compiling():  # one thread, no lock
+        previous, _forced = _forced, name
+        try:
+            yield
+        finally:
+            _forced = previous
+        return
+    block = object()
+    with _asking:
+        _asked[block] = _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with _asking:
+            del _asked[block]
+            _forced = _asked[next(reversed(_asked))]
+
+
+def _check_name(name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {_NAMES}; got {name!r}")
 
 
 def fuses(device: torch.device) -> bool:
