@@ -33,7 +33,9 @@ _asking = threading.Lock()
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and can't serve the call; the message names the op, the reason and the remedy."""
+    """A backend was asked for by name and can't serve: the message names op or module, the reason and the remedy."""
+
+    module: Any = None  # that stands in the way
 
 
 class Choice(NamedTuple):
@@ -92,6 +94,19 @@ def backend(name: str) -> Iterator[None]:
 def _check_name(name: str) -> None:
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {_NAMES}; got {name!r}")
+
+
+def forced() -> bool:
+    """Whether a fused backend was asked for by name."""
+    return _forced not in ("auto", PLAIN)
+
+
+def not_served(what: str, reason: str) -> BackendUnavailable:
+    """The error of a forced backend."""
+    return BackendUnavailable(
+        f"{what}: backend {_forced!r} was asked for and can't serve this: {reason}. "
+        'Use backend("auto"), which leaves it to PyTorch, or mend that.'
+    )
 
 
 def fuses(device: torch.device) -> bool:
@@ -180,11 +195,8 @@ def choose(
         if reason is None:
             return Choice(name, rejected)
         rejected = (*rejected, (name, reason))
-    if _forced not in ("auto", "eager"):
-        raise BackendUnavailable(
-            f"{op}: backend {_forced!r} was asked for and can't serve this call: {rejected[0][1]}. "
-            f'Use backend "auto" or "eager", or mend that.'
-        )
+    if forced():
+        raise not_served(op, rejected[0][1])
     return Choice("eager", rejected)
 
 

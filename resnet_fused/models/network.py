@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .weights import WeightsArg, load_state_dict, resolve
@@ -176,10 +177,17 @@ class ResNet(nn.Module):
         return x if self.maxpool is None else self.maxpool(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._forward_impl(x)
-        with counters.together():
-            return self._forward_impl(x)
+        try:
+            if not self.training:
+                return self._forward_impl(x)
+            with counters.together():
+                return self._forward_impl(x)
+        except BackendUnavailable as error:
+            name = next((n for n, m in self.named_modules() if m is error.module), None)
+            error.args = (str(error) if name is None else f"{name}, {error}",)
+            raise
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
