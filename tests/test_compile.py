@@ -79,6 +79,13 @@ def test_a_backend_is_forced_inside_a_compiled_function():
     assert resnet_fused.get_backend() == "auto"
 
 
+def test_a_compiled_model_refuses_for_a_forced_backend():
+    compiled = torch.compile(twins()[0].requires_grad_(False), backend="eager")
+    compiled.conv1.register_forward_hook(lambda *args: None)
+    with resnet_fused.backend("triton"), pytest.raises(resnet_fused.BackendUnavailable, match="^conv1, .*has hooks"):
+        compiled(X)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_export(backend):
     ours, theirs = twins()

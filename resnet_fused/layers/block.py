@@ -84,6 +84,20 @@ def run_block(
     return Sum(x, None) if hand_over else x
 
 
+def as_modules(x: Any, steps: tuple[Step, ...]) -> Any:
+    """The modules of the steps on a `torch.fx.Proxy`, in torchvision's order: the graph that torch.fx has of its blocks."""
+    y = read = x  # read: by the shortcut's module
+    for step in steps:
+        for module in (step.conv, step.bn):
+            y = y if module is None else module(y)
+        if step.addend is not None:
+            y = y + (x if step.addend == INPUT else step.addend(read))
+        y = y if step.act is None else step.act(y)
+        if step.conv is None:
+            read = y
+    return y
+
+
 def explained_bn(z: Tensor, step: Step, source: Tensor) -> Tensor:
     if explainer is not None:
         explainer.begin(step, None)

@@ -11,8 +11,6 @@ from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .weights import WeightsArg, load_state_dict, resolve
 
-torch.fx.wrap("run")
-
 Stem = Literal["imagenet", "cifar"]
 Shortcut = Literal["A", "B", "C"] | None
 Network = TypeVar("Network", bound="ResNet")
