@@ -85,7 +85,7 @@ def run_block(
 
 
 def as_modules(x: Any, steps: tuple[Step, ...]) -> Any:
-    """The modules of the steps on a `torch.fx.Proxy`, in torchvision's order: the graph that torch.fx has of its blocks."""
+    """The steps' modules on a `torch.fx.Proxy`, in torchvision's order: the graph that torch.fx has of its blocks."""
     y = read = x  # read: by the shortcut's module
     for step in steps:
         for module in (step.conv, step.bn):
