@@ -349,7 +349,7 @@ def test_recompute_of_pre_activation_is_fused():
         (lambda: get_model("cifar_plain20", shortcut="A"), "cifar_plain20 takes shortcut=None, got shortcut=A"),
         (lambda: get_model("cifar_resnet20", widths=(8, 16, 32)), "takes widths=\\(16, 32, 64\\), got widths"),
         (lambda: get_model("resnet18", shortcut="D"), 'shortcut must be "A", "B", "C" or None, got \'D\''),
-        (lambda: get_model("resnet18", stem="mnist"), 'stem must be "imagenet" or "cifar", got \'mnist\''),
+        (lambda: get_model("resnet18", stem="mnist"), 'stem must be "imagenet", "caffe" or "cifar", got \'mnist\''),
         (lambda: get_model("plain18", zero_init_residual=True), "zero_init_residual=True needs shortcuts"),
         (lambda: get_model("preact_resnet18", zero_init_residual=True), "zero_init_residual=True needs a BN"),
         (lambda: get_model("preact_resnet18", shortcut=None), "in a pre-activation network, got None"),

@@ -90,7 +90,7 @@ class Report:
             f"{self.model} {self.task}, {self.batch} x 3 x {self.image_size} x {self.image_size}, {self.dtype}, "
             f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}"
         )
-        rows = [("variant", "img/s", "ms", "quartiles", "ratio", "quartiles", "MiB", "parity")]
+        rows: list[tuple[str, ...]] = [("variant", "img/s", "ms", "quartiles", "ratio", "quartiles", "MiB", "parity")]
         for r in self.results:
             figures = ("-",) * 5
             if r.samples_ms:
