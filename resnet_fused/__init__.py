@@ -5,7 +5,7 @@ from typing import Any
 from . import models, ops
 from ._version import __version__
 from .deploy import deploy
-from .dispatch.registry import BackendUnavailable, backend, set_backend
+from .dispatch.registry import BackendUnavailable, backend, get_backend, set_backend
 from .explain import explain
 from .graphs import graphed
 from .models import *  # noqa: F403
@@ -17,6 +17,7 @@ __all__ = [
     "backend",
     "deploy",
     "explain",
+    "get_backend",
     "graphed",
     "models",
     "ops",

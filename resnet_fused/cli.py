@@ -160,13 +160,17 @@ def _predict(args: argparse.Namespace) -> int:
     with registry.backend(args.backend), torch.inference_mode():
         for name, image in images.items():
             probabilities = model(image[None].to(device)).float().softmax(1)[0].cpu()
+            if not probabilities.isfinite().all():
+                bad = [key for key, t in model.state_dict().items() if not t.isfinite().all()]
+                why = f"nor are the weights {', '.join(bad[:3])}" if bad else "all weights are"
+                raise FloatingPointError(f"image {name}: the scores are not finite, {why}")
             top = probabilities.topk(min(args.top, len(probabilities)))
             rows = [
                 {"class": classes[i], "index": i, "probability": p}
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
             result["images"].append({"image": name, "top": rows})
-    print(json.dumps(result, indent=2) if args.json else _table(result))
+    print(json.dumps(result, indent=2, allow_nan=False) if args.json else _table(result))
     return 0
 
 

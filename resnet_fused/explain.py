@@ -91,7 +91,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Run the model once on x and say, layer by layer, which backend served it and why none faster did.
 
     The model's mode and the caller's grad mode decide the path, as in a plain call; buffers (running statistics) are
-    put back afterwards.
+    put back afterwards. A step that can't be fused is explained under a forced backend too, where a plain call raises.
 
     Args:
         model: any model of this package.

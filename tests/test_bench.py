@@ -72,16 +72,17 @@ def test_command_writes_table_and_json(tmp_path, capsys):
         "resnet18 inference",
         "img/s",
         "ratio",
-        "peak MiB",
-        "torchvision-nhwc's bits",
-        "n/a",
+        " bits",
+        " absent",
+        "against torchvision-nhwc",
         *variants.split(","),
     ):
-        assert word in table
+        assert word in " ".join(table.split())
+    assert "MiB" not in table and max(map(len, table.splitlines())) <= 80
     assert list(tmp_path.iterdir()) == [path], "a partial file was left behind"
     report = json.loads(path.read_text())
     assert (report["task"], report["model"], report["batch"], report["image_size"]) == ("inference", "resnet18", 2, 64)
-    assert (report["dtype"], report["device"], report["baseline"]) == ("float32", "cpu", "torchvision-nchw")
+    assert (report["dtype"], report["device"], report["baseline"]) == ("float32", "cpu", "torchvision-nhwc")
     conditions = report["conditions"]
     assert conditions["torch"] == torch.__version__
     assert conditions["threads"] == torch.get_num_threads()
@@ -107,7 +108,7 @@ def test_command_writes_table_and_json(tmp_path, capsys):
     for result in (nchw, nhwc, ours):
         assert result["status"] == "measured"
         assert len(result["samples_ms"]) == len(result["ratios"]) == 2
-        assert result["ratios"] == [b / s for b, s in zip(nchw["samples_ms"], result["samples_ms"], strict=True)]
+        assert result["ratios"] == [b / s for b, s in zip(nhwc["samples_ms"], result["samples_ms"], strict=True)]
         assert result["img_per_s"] == pytest.approx(2e3 / result["ms_quartiles"][1])
 
 
@@ -149,7 +150,7 @@ def test_failing_variant_leaves_the_others(plant, timed):
         raise RuntimeError("the kernel broke\nsecond line")
 
     plant(fail)
-    report = bench.run(variants=["resnet_fused", "torchvision-nhwc"], **SMALL)
+    report = bench.run(variants=["resnet_fused", "torchvision-nhwc"], baseline="resnet_fused", **SMALL)
     result = by_name(report)["resnet_fused"]
     assert (result.status, result.reason) == ("failed", "the kernel broke")
     assert timed == ["torchvision-nhwc"]
@@ -167,6 +168,15 @@ def test_compile_that_cannot_run_is_unavailable(monkeypatch, timed):
     report = bench.run(variants=["torchvision-nhwc", "torchvision-compile"], **SMALL)
     assert "torchvision-compile unavailable: no C++ compiler" in report.table()
     assert timed == ["torchvision-nhwc"] and report.ok
+
+
+@pytest.mark.parametrize("shared", [SMALL, SMALL | dict(image_size=33, suite="training")], ids=["eval", "train"])
+def test_resnet_fused_is_measured_compiled_too(monkeypatch, timed, shared):
+    pytest.importorskip("torchvision")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append(type(model)) or model)
+    report = bench.run(variants=["torchvision-nhwc", "resnet_fused+compile"], **shared)
+    assert report.ok and timed == ["torchvision-nhwc", "resnet_fused+compile"] and compiled == [models.ResNet]
 
 
 def test_bfloat16_is_held_to_torchvisions_own_error(timed):
@@ -187,7 +197,7 @@ def test_train_step_has_torchvisions_bits_and_is_timed(tmp_path, capsys):
     variants = "torchvision-nchw,torchvision-nhwc,resnet_fused,resnet_fused-onednn"
     assert run_command(*small, "--rounds", 2, "--variants", variants, "--json", path) == 0
     table = capsys.readouterr().out
-    assert "resnet18 training" in table and "ms/step" in table
+    assert "resnet18 training" in table and "ms: of a train step" in table
     report = json.loads(path.read_text())
     assert report["task"] == "training"
     nchw, nhwc, ours, onednn = report["results"]
@@ -287,8 +297,52 @@ def test_table_shows_medians_and_quartiles():
         result.ratios = bench.paired_ratios(a.samples_ms, result.samples_ms)
     report = bench.Report("resnet50", 8, 224, "float32", "cpu", "torchvision-nchw", conditions, [a, b])
     row = next(line for line in report.table().splitlines() if line.startswith("resnet_fused"))
-    assert row.split()[1:7] == ["1333.3", "6.00", "(5.00", "-", "7.00)", "2.00"]
-    assert "512" in row and "error 1.0e-06" in row
+    assert row.split()[1:] == ["1333", "6.000", "5.00-7.00", "2.00", "2.00-2.00", "512", "ok"]
+    text = " ".join(report.table().split())
+    assert "(limit 2.0e-06): torchvision-nchw 1.0e-06, resnet_fused 1.0e-06" in text
+
+
+def noisy(load=0.0, **samples):
+    """A report with these times and nothing measured."""
+    conditions = bench.conditions(CPU) | {"load": load, "cpus": 2, "device": "CPU of a name that is long " * 3}
+    names = {"ours": "resnet_fused+activations", "theirs": "torchvision-nhwc", "compiled": "torchvision-compile+graph"}
+    results = [
+        bench.Result(names[n], "nhwc", error=1e-6, limit=2e-6, samples_ms=ms, peak_mib=40960.0)
+        for n, ms in samples.items()
+    ]
+    for result in results:
+        result.ratios = bench.paired_ratios(samples["theirs"], result.samples_ms)
+    return bench.Report("resnext101_64x4d", 128, 224, "bfloat16", "cuda", names["theirs"], conditions, results)
+
+
+def test_ratios_agree_with_the_times_that_are_shown():
+    report = noisy(theirs=[10.0, 30.0, 11.0, 30.0, 12.0], ours=[13.0, 14.0, 30.0, 13.0, 40.0])
+    rows = {line.split()[0]: line.split() for line in report.table().splitlines() if line.startswith(("torch", "res"))}
+    ours, theirs = rows["resnet_fused+activations"], rows["torchvision-nhwc"]
+    assert float(ours[4]) == pytest.approx(float(theirs[2]) / float(ours[2]), abs=0.005)
+    assert float(ours[4]) == pytest.approx(float(ours[1]) / float(theirs[1]), abs=0.005)
+    assert ours[4] == "0.86" and ours[5] == "0.37-2.14"  # the median of the paired ratios is 0.77
+    assert json.loads(json.dumps(report.to_dict()))["results"][1]["ratio"] == 12 / 14
+
+
+def test_noise_is_a_warning():
+    near, far = [11.5, 12.0, 12.5, 13.0], [5.0, 5.1, 5.2, 5.3]
+    quiet = noisy(theirs=[10.0, 11.0, 12.0, 13.0], compiled=far)
+    assert quiet.warnings() == [] and "warning" not in quiet.table()
+    report = noisy(load=0.6, theirs=[10.0, 11.0, 12.0, 13.0], ours=near, compiled=far)
+    overlap, load = report.warnings()
+    assert "torchvision-nhwc's times overlap those of resnet_fused+activations," in overlap
+    assert "the load was 0.6 on 2 CPUs at the start" in load
+    assert report.table().count("warning: ") == 2 and report.to_dict()["warnings"] == [overlap, load]
+
+
+def test_the_table_fits_80_columns():
+    times = [1234.5, 1300.0, 1345.6]
+    report = noisy(load=3.0, theirs=times, ours=times, compiled=[t / 9.99 for t in times])
+    report.results[0].reason = "a long reason " * 20
+    lines = report.table().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.endswith(" ok") for line in lines) == 3  # no row is broken
 
 
 @pytest.mark.parametrize(
@@ -342,9 +396,10 @@ def test_result_name():
 
 def test_default_variants_are_those_that_are_there():
     variants = bench.default_variants(CPU)
-    assert variants[:4] == ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile", "resnet_fused")
+    assert variants[:3] == ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
+    assert variants[3:5] == ("resnet_fused", "resnet_fused+compile")
     assert set(variants) <= set(bench.VARIANTS)
-    assert bench.default_variants(CPU, "training") == variants[:4]
+    assert bench.default_variants(CPU, "training") == variants[:5]
     assert not {"resnet_fused-eager", "resnet_fused-cuda", "resnet_fused-triton"} & set(variants)
 
 

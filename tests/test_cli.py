@@ -1,5 +1,6 @@
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_probabilities_are_the_models(photo, checkpoint, output):
     table = output(*argv)
     assert f"resnet18, weights {checkpoint}, on cpu" in table or "on cuda" in table
     assert f"{top[0]['probability']:.2%}  {top[0]['class']}\n" in table
+
+
+@pytest.mark.parametrize("key", ["layer1.0.conv1.weight", "layer4.1.bn2.running_var"])
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_weights_that_are_not_finite(photo, checkpoint, fails, tmp_path, key, options):
+    state, path = torch.load(checkpoint), tmp_path / "nan.pth"
+    state[key][0] = math.nan
+    torch.save(state, path)
+    line = fails("predict", photo, "--model", "resnet18", "--weights", str(path), *options)
+    assert f"image {photo}: the scores are not finite, nor are the weights {key}" in line
 
 
 def test_one_block_an_image(photo, checkpoint, output, tmp_path):

@@ -62,6 +62,30 @@ def test_a_forced_backend_recompiles():
     assert calls == [0, 12]
 
 
+def test_a_backend_is_forced_inside_a_compiled_function():
+    graphs = []
+
+    @torch.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    def twice(x):
+        with resnet_fused.backend("triton"):
+            y = resnet_fused.ops.batch_norm_act(x, *[torch.ones(3)] * 4, training=False)
+        return y, resnet_fused.ops.batch_norm_act(x, *[torch.ones(3)] * 4, training=False)
+
+    for outside in ("auto", "eager"):
+        with resnet_fused.backend(outside):
+            torch.testing.assert_close(*twice(X))
+            assert resnet_fused.get_backend() == outside
+        assert sum("resnet_fused.batch_norm_act" in str(n.target) for n in graphs.pop().graph.nodes) == 1
+    assert resnet_fused.get_backend() == "auto"
+
+
+def test_a_compiled_model_refuses_for_a_forced_backend():
+    compiled = torch.compile(twins()[0].requires_grad_(False), backend="eager")
+    compiled.conv1.register_forward_hook(lambda *args: None)
+    with resnet_fused.backend("triton"), pytest.raises(resnet_fused.BackendUnavailable, match="^conv1, .*has hooks"):
+        compiled(X)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_export(backend):
     ours, theirs = twins()

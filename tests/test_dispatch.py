@@ -1,8 +1,10 @@
 """Which backend serves, how one is forced, and what is said when it can't."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -64,6 +66,42 @@ def test_the_context_manager_restores_what_was_set():
         with pytest.raises(ValueError, match="one of auto, cuda, triton, cudnn, onednn, eager; got 'cutlass'"):
             choose("cutlass")
     assert registry.get_backend() == "triton"
+
+
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with resnet_fused.backend("eager"):
+            entered.set()
+            assert left.wait(10)
+
+    resnet_fused.set_backend("onednn")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with resnet_fused.backend("triton"):
+            assert pool.submit(resnet_fused.get_backend).result() == "triton"  # as autograd's threads
+            ends = pool.submit(other)
+            assert entered.wait(10)
+        assert resnet_fused.get_backend() == "eager"  # the other's block is open
+        left.set()
+        ends.result()
+    assert resnet_fused.get_backend() == "onednn"
+
+
+def test_many_threads_leave_nothing_behind(monkeypatch):
+    def switch(seed):
+        for i in range(300):
+            with resnet_fused.backend(registry.BACKENDS[(seed + i) % 5]), resnet_fused.backend("auto"):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(switch, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert resnet_fused.get_backend() == "auto" and registry._asked == {None: "auto"}
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,8 @@ def test_classes_are_matched_by_name_where_the_names_are_known():
     assert network.targets(("w", "x", "y", "z")).tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="n has 4 classes, the data have 2, of which 'b' is none of them"):
         network.targets(("a", "b"))  # two outputs have that name
+    with pytest.raises(ValueError, match="of which 'd' is none of them"):
+        network.targets(("a", "c", "d", "e"))  # as many, but others
 
 
 def test_of_equal_scores_the_first_counts_as_higher():

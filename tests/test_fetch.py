@@ -5,9 +5,12 @@ import hashlib
 import io
 import json
 import os
+import pwd
 import shutil
 import stat
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +159,15 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "xdg" / "resnet_fused"
     monkeypatch.setenv("RESNET_FUSED_HOME", "~/mine")
     assert cache_dir() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("variables", [{}, {"RESNET_FUSED_HOME": "~/mine"}], ids=["unset", "tilde"])
+def test_cache_dir_of_a_user_without_a_home(monkeypatch, variables):
+    for name in ("HOME", "RESNET_FUSED_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # KeyError: a user that /etc/passwd doesn't know
+    assert cache_dir() == Path(tempfile.gettempdir(), f"resnet_fused-{os.getuid()}")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert ("RESNET_FUSED_HOME" in variables) or cache_dir() == Path("/cache/resnet_fused")

@@ -15,6 +15,12 @@ X = torch.randn(2, 3, 33, 35, generator=torch.Generator().manual_seed(0))
 FUSED = ["triton"]
 
 
+@pytest.fixture
+def auto_fuses(monkeypatch):
+    """`auto` on the CPU as on a GPU: Triton's interpreter serves."""
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+
+
 def twins(**kwargs):
     """ResNet-18 with one block a stage, whose interpreted kernels take half the time."""
     torch.manual_seed(0)
@@ -106,18 +112,64 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("change", [*REASONS, hook_on_projection], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("backend", ["auto", *FUSED])
+CHANGES = pytest.mark.parametrize("change", [*REASONS, hook_on_projection], ids=lambda c: c.__name__)
+
+
+@CHANGES
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_a_changed_module_is_called_as_torchvision_calls_it(change, backend):
     ours, theirs = twins()
     change(ours), change(theirs)
     assert_same(ours, theirs, backend)
-    if backend != "auto" and change in REASONS:
-        with resnet_fused.backend(backend), torch.no_grad():
+
+
+@CHANGES
+def test_beside_a_changed_module_the_others_are_fused(change, auto_fuses):
+    ours, theirs = twins()
+    change(ours), change(theirs)
+    assert_same(ours, theirs, "auto")
+    if change in REASONS:
+        with torch.no_grad():
             rows = {r.layer: r for r in resnet_fused.explain(ours, X)}
         row = rows["layer2.0.conv2" if change is string_padding else "layer2.0.conv1"]
         assert row.ran == ["eager"] and REASONS[change] in row.why[0]
-        assert rows["layer1.0.conv1"].ran == [f"conv_bn_act: {backend}"]
+        assert rows["layer1.0.conv1"].ran == ["conv_bn_act: triton"]
+
+
+@CHANGES
+def test_a_forced_backend_refuses_a_changed_module_by_its_name(change):
+    ours, _ = twins()
+    change(ours)
+    name = {string_padding: "conv2", replaced_activation: "relu", hook_on_projection: "downsample"}.get(change, "conv1")
+    kind = type(ours.get_submodule(f"layer2.0.{name}")).__name__
+    reason = REASONS.get(change, "the shortcut's projection has hooks")
+    with resnet_fused.backend("triton"), pytest.raises(resnet_fused.BackendUnavailable) as caught, torch.no_grad():
+        ours(X)
+    message = str(caught.value)
+    assert message.startswith(f"layer2.0.{name}, {kind}(") and len(message.splitlines()) == 1
+    assert f"backend 'triton' was asked for and can't serve this: {reason}" in message
+    assert message.endswith('Use backend("auto"), which leaves it to PyTorch, or mend that.')
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cudnn", "triton", "onednn"])
+def test_a_forced_backend_refuses_frozen_bn(backend):
+    ours, _ = twins(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    message = f"^bn1, FrozenBatchNorm2d.*{backend!r}.*the BN is FrozenBatchNorm2d, not exactly BatchNorm2d"
+    with resnet_fused.backend(backend), pytest.raises(resnet_fused.BackendUnavailable, match=message):
+        ours(X)
+    with pytest.raises(resnet_fused.BackendUnavailable, match="^FrozenBatchNorm2d"), resnet_fused.backend(backend):
+        ours.layer1(torch.randn(1, 64, 9, 9))  # no name without the model
+
+
+def test_what_is_not_ours_is_not_forced():
+    ours, theirs = twins()
+    assert_same(theirs, theirs, "cudnn")
+    ours.layer1[0].downsample = nn.Sequential(nn.AvgPool2d(1), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)).eval()
+    ours.maxpool.register_forward_hook(lambda *args: None)
+    with torch.no_grad():
+        expected = ours(X)
+        with resnet_fused.backend("triton"):
+            torch.testing.assert_close(ours(X), expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", *FUSED])
@@ -127,38 +179,36 @@ def test_unstructured_pruning_wants_contiguous_weights(backend):
     contiguous.load_state_dict(ours.state_dict())
     for model in (contiguous, theirs):
         prune.l1_unstructured(model.layer2[0].conv1, "weight", amount=0.5)
+        prune.remove(model.layer2[0].conv1, "weight")
     assert_same(contiguous, theirs, backend)
     with pytest.raises(RuntimeError, match="view size"):  # PyTorch's own pruning refuses channels_last
         prune.l1_unstructured(ours.layer2[0].conv1, "weight", amount=0.5)
 
 
-@pytest.mark.parametrize("backend", ["auto", *FUSED])
-def test_group_norm_runs_as_it_is(backend):
+def test_group_norm_runs_as_it_is(auto_fuses):
     ours, theirs = twins(norm_layer=lambda c: nn.GroupNorm(4, c))
-    assert_same(ours, theirs, backend)
-    with resnet_fused.backend(backend):
-        rows = resnet_fused.explain(ours, X)
-    if backend != "auto":
-        assert "the BN is GroupNorm, not exactly BatchNorm2d or SyncBatchNorm" in rows[0].why
+    assert_same(ours, theirs, "auto")
+    reason = "the BN is GroupNorm, not exactly BatchNorm2d or SyncBatchNorm"
+    assert reason in resnet_fused.explain(ours, X)[0].why
+    with resnet_fused.backend("triton"):  # explained, where a plain call raises
+        assert reason in resnet_fused.explain(ours, X)[0].why
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_a_projection_with_a_hook_is_called_whole(backend):
+def test_a_projection_with_a_hook_is_called_whole(auto_fuses):
     ours, _ = twins()
     calls = []
     ours.layer2[0].downsample.register_forward_hook(lambda *args: calls.append(1))
-    with resnet_fused.backend(backend), torch.no_grad():
+    with torch.no_grad():
         ours(X)
     assert calls == [1]
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_global_hooks_are_honoured(backend):
+def test_global_hooks_are_honoured(auto_fuses):
     ours, _ = twins()
     called = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: called.append(type(module)))
     try:
-        with resnet_fused.backend(backend), torch.no_grad():
+        with torch.no_grad():
             ours(X)
     finally:
         handle.remove()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import resnet_fused
 from resnet_fused.models import ResNet, get_model, list_models
@@ -170,25 +170,61 @@ def test_state_dict_goes_both_ways():
 def test_feature_extractor(backend):
     ours, theirs = twins("resnet18")
     ours.eval(), theirs.eval()
-    nodes = {"layer1": "a", "layer3.1": "b", "avgpool": "c", "fc": "d"}
+    nodes = ["bn1", "layer1", "layer2.0.downsample.0", "layer3.1", "layer3.1.conv2", "layer3.1.add", "avgpool", "fc"]
     x = torch.randn(2, 3, 64, 64)
-    with resnet_fused.backend(backend), torch.no_grad():
+    with resnet_fused.backend(backend), torch.no_grad():  # the graph is PyTorch's, and not forced
         got = create_feature_extractor(ours, nodes)(x)
         expected = create_feature_extractor(theirs, nodes)(x)
-        assert list(got) == list(expected)
+        assert list(got) == list(expected) and set(got) == set(nodes)
         for key in got:
-            torch.testing.assert_close(got[key], expected[key], rtol=0, atol=0 if backend == "auto" else 2e-5)
+            assert torch.equal(got[key], expected[key]), key
 
 
-def test_fx_trace_keeps_the_block_a_leaf():
-    model = resnet_fused.resnet18().eval()
-    traced = torch.fx.symbolic_trace(model)
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(traced(x), model(x))
-    assert sum(n.op == "call_function" and n.target is resnet_fused.layers.run for n in traced.graph.nodes) == 9
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("recompute", [None, "activations"])
+def test_torch_fx_sees_torchvisions_graph(name, recompute):
+    ours, theirs = twins(name)
+    ours.set_recompute(recompute)
+    assert get_graph_node_names(ours) == get_graph_node_names(theirs)
+    kinds = [[(n.op, n.name, n.target) for n in torch.fx.symbolic_trace(m.eval()).graph.nodes] for m in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.fixture
+def traced():
+    """(a model in eval mode, images, its logits) before torch.fx comes."""
+    model, x = resnet_fused.ResNet(resnet_fused.BasicBlock, [1, 1, 1, 1]).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        traced.train()(x + 1), model.eval()
-        assert torch.equal(traced.eval()(x), model(x))  # train mode reached the traced BN: shared running statistics
+        model.train()(x)
+        return model, x, model.eval()(x)
+
+
+def test_a_traced_graph_shares_the_models_modules(traced):
+    model, x, logits = traced
+    graph = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        assert torch.equal(graph(x), logits)
+        graph.train()(x + 1), model.eval()
+        assert torch.equal(graph.eval()(x), model(x))  # train mode reached the traced BN: shared running statistics
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_torch_fx_passes_leave_the_users_model_and_the_numbers_alone(traced):
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import fuse_fx, prepare_fx
+    from torch.fx.experimental.optimization import fuse
+
+    model, x, logits = traced
+    names = [name for name, _ in model.named_modules()]
+    with torch.no_grad():
+        graph = torch.fx.symbolic_trace(model)
+        graph.delete_all_unused_submodules()
+        folded = [fuse(model), fuse_fx(copy.deepcopy(model))]
+        observed = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (x,))
+        for result in (graph, observed, *folded):
+            torch.testing.assert_close(result(x), logits, rtol=0, atol=1e-5)
+        assert all(not any(isinstance(m, torch.nn.BatchNorm2d) for m in result.modules()) for result in folded)
+        assert [name for name, _ in model.named_modules()] == names and torch.equal(model(x), logits)
 
 
 def test_a_subclass_may_call_forward_impl():

@@ -4,6 +4,7 @@ import csv
 import errno
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,38 @@ def test_imagenet_recipe_on_a_folder(run, tmp_path):
     model, meta = load_model(out)
     assert meta["classes"] == ["cat", "dog"] and model.fc.out_features == 2
     assert [row["step"] for row in rows(out, "eval")] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "split, lacks", [("val", "val/ lacks 'dog'"), ("train", "train/ lacks 'dog'")], ids=["missing", "extra"]
+)
+def test_classes_go_by_name_and_both_splits_have_the_same(fails, tmp_path, split, lacks):
+    folder = image_folder(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / split / "dog")  # the other classes are numbered anew
+    line = fails("--recipe", "imagenet", "--model", "resnet18", "--data", folder, "--iterations", "2")
+    assert f"{folder} must have the same classes in train/ and val/: {lacks}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_evaluation_costs_no_training(run, fails, tmp_path, capsys):
+    folder, image = image_folder(tmp_path / "images"), tmp_path / "images" / "val" / "dog" / "1.png"
+    whole = image.read_bytes()
+    options = ("--recipe", "imagenet", "--model", "resnet18", "--data", folder, "--workers", "1", "--iterations", "2")
+    options = (*options, "--batch", "2", "--eval-every", "2", "--save-every", "9", "--plateau")
+    run("whole", *options)
+    capsys.readouterr()
+    image.write_bytes(b"no image")
+    assert "1.png can't be read" in fails(*options)
+    assert checkpoint.read(tmp_path / "run")["step"] == 2
+    assert "1.png can't be read" in fails(*options, "--resume")
+    image.write_bytes(whole)
+    run("run", *options, "--resume")
+    resumed, whole = (checkpoint.read(tmp_path / name) for name in ("run", "whole"))
+    for content in (resumed, whole):
+        del content["seconds"]
+    assert_same(resumed, whole)
+    for name in ("train", "eval"):
+        assert rows(tmp_path / "run", name) == rows(tmp_path / "whole", name)
 
 
 def test_broken_image(fails, tmp_path):
@@ -276,7 +309,8 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(fails, tmp_path):
 
 
 def test_nan_before_any_checkpoint(fails):
-    assert "there is no checkpoint yet" in fails("--iterations", "20", "--save-every", "20", "--lr", "1e30")
+    late = ("--save-every", "20", "--eval-every", "20")
+    assert "there is no checkpoint yet" in fails("--iterations", "20", *late, "--lr", "1e30")
 
 
 def test_full_disk(fails, tmp_path, monkeypatch):

@@ -2,7 +2,11 @@
 
 import ctypes
 import json
+import subprocess
+import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,6 +116,55 @@ def test_another_versions_verdicts_do_not_count(tmp_path):
     assert list(stored(tmp_path)[1]["entries"].values()) == [""]
 
 
+def test_many_threads_and_devices_write_at_once(tmp_path, monkeypatch):
+    """Two devices of one name share a file, as two processes do."""
+    stores = [store.Store("verdicts", torch.device("cpu")) for _ in range(2)]
+    monkeypatch.setattr(json, "dump", slow_dump)
+
+    def write(i):
+        stores[i % 2][f"kernel {i}"] = ""
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error")
+        list(pool.map(write, range(24)))
+    expected = {f"kernel {i}" for i in range(24)}
+    assert stored(tmp_path)[1]["entries"].keys() == expected
+    assert store.Store("verdicts", torch.device("cpu")).entries.keys() == expected
+
+
+def slow_dump(content, file, **options):
+    """Lets another thread come between two entries, whatever the encoder does."""
+    for _ in content["entries"]:
+        time.sleep(0.001)
+    file.write(json.dumps(content, **options))
+
+
+def test_two_processes_lose_nothing(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from resnet_fused.dispatch import store\n"
+        "store.cache_dir = lambda: store.Path(sys.argv[1])\n"
+        "own = store.Store('times', torch.device('cpu'))\n"
+        "for i in range(20): own[f'{sys.argv[2]} {i}'] = i"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in "ab"]
+    assert [p.wait() for p in processes] == [0, 0]
+    assert len(store.Store("times", torch.device("cpu")).entries) == 40
+
+
+@pytest.mark.parametrize("what", ["torch", "cudnn", "driver", "device"])
+def test_environments_have_files_of_their_own(monkeypatch, what):
+    environment = store.environment(torch.device("cpu"))
+    for version in ("1", "2"):
+        monkeypatch.setattr(store, "environment", lambda device, v=version: environment | {what: v})
+        store.Store("verdicts", torch.device("cpu"))["kernel"] = f"off by {version}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("1", "2"):  # neither has put the other out
+            monkeypatch.setattr(store, "environment", lambda device, v=version: environment | {what: v})
+            assert store.Store("verdicts", torch.device("cpu")).entries == {"kernel": f"off by {version}"}
+
+
 def test_a_cuda_device_is_known_by_its_name_and_its_drivers_version(monkeypatch):
     def version(found):
         found._obj.value = 13020
@@ -121,8 +174,10 @@ def test_a_cuda_device_is_known_by_its_name_and_its_drivers_version(monkeypatch)
     monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     found = store.environment(torch.device("cuda", 0))
     assert found["device"] == "NVIDIA H100 (compute capability 9.0)" and found["driver"] == "13020"
+    assert found["cudnn"] == "91900"
 
 
 def test_an_unwritable_folder_is_a_warning(tmp_path, monkeypatch):
@@ -132,6 +187,10 @@ def test_an_unwritable_folder_is_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="can't be written"):
         y, expected = call()
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    own = store.Store("verdicts", torch.device("cpu"))
+    with pytest.warns(UserWarning, match="can't be written") as told:
+        own["a"], own["b"] = "", ""
+    assert len(told) == 1 and own.entries == {"a": "", "b": ""}
 
 
 def test_an_unchecked_kernel_inside_a_capture_gives_eagers_result(monkeypatch):

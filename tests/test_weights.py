@@ -214,9 +214,13 @@ def test_without_torchvision_the_remedy_is_named(monkeypatch):
 
 
 def test_topology_and_weights_go_together():
-    v1_5, v1 = get_model("resnet50"), get_model("resnet50", stride_in_1x1=True)
+    v1 = get_model("resnet50", stride_in_1x1=True)
+    with pytest.raises(ValueError, match="stem='caffe', this one has 'imagenet'"):
+        load_weights(v1, "MSRA")
     with pytest.raises(ValueError, match="stride_in_1x1=True, this one has False"):
-        load_weights(v1_5, "MSRA")
+        load_weights(get_model("resnet50", stem="caffe"), "MSRA")
+    with pytest.raises(ValueError, match="stem='imagenet', this one has 'caffe'"):
+        load_weights(get_model("resnet50", stem="caffe"), "ResNet50_Weights.DEFAULT")
     with pytest.raises(ValueError, match="stride_in_1x1=False, this one has True"):
         load_weights(v1, "ResNet50_Weights.DEFAULT")
     with pytest.raises(ValueError, match="stride_in_1x1=False, got stride_in_1x1=True"):
@@ -274,7 +278,7 @@ def keras_forward(tensors, rgb, rim):
     x = rgb.flip(1) - CAFFE_MEAN.view(3, 1, 1)
     padded = rim.view(1, 3, 1, 1).expand(len(x), 3, x.shape[2] + 6, x.shape[3] + 6).clone()
     padded[:, :, 3:-3, 3:-3] = x
-    x = F.max_pool2d(F.relu(conv_bn(padded, "conv1", "bn_conv1", 2)), 3, 2, 1)
+    x = F.max_pool2d(F.relu(conv_bn(padded, "conv1", "bn_conv1", 2)), 3, 2, ceil_mode=True)
     for stage in (2, 3, 4, 5):
         stride = 1 if stage == 2 else 2
         names = {b: (f"res{stage}a_branch{b}", f"bn{stage}a_branch{b}") for b in ("1", "2a", "2b", "2c")}
@@ -287,7 +291,8 @@ def keras_forward(tensors, rgb, rim):
 def test_msra_conversion_against_the_original_model():
     torch.manual_seed(0)
     layers, tensors = keras_weights()
-    model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10, width_per_group=8, stride_in_1x1=True)
+    papers = resolve("resnet50", "MSRA").model_kwargs
+    model = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8, **papers | {"num_classes": 10})
     load_state_dict(model, convert_keras(layers, tensors), "converted")
     model = model.double().eval()
     rgb = torch.randint(0, 256, (2, 3, 64, 64)).double()

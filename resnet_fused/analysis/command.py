@@ -57,7 +57,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
             getattr(plots, f"draw_{name}")(path, measured)
             result[name] = {"plot": str(path), "networks": [_rows(name, n, v) for n, v in measured.items()]}
     result = {"data": args.data, **result}
-    print(json.dumps(result, indent=2) if args.json else _text(result))
+    print(json.dumps(result, indent=2, allow_nan=False) if args.json else _text(result))
     return 0
 
 

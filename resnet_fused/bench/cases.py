@@ -24,6 +24,7 @@ from .timing import peak_mib
 TORCHVISION = ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
 COMPILED: dict[str, dict[str, Any]] = {
     "torchvision-compile": {},
+    "resnet_fused+compile": {},
     "torchvision-compile+graph": {"mode": "reduce-overhead"},
     "torchvision-max-autotune": {
         "options": {
@@ -38,7 +39,7 @@ GRAPHED = ("torchvision-nhwc+graph", "torchvision-compile+graph", "resnet_fused+
 INFERENCE_ONLY = (*GRAPHED, "torchvision-max-autotune")
 TRAINING_ONLY = ("resnet_fused+activations", "resnet_fused+blocks")  # what `recompute` leaves out
 VARIANTS = (
-    *(*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in registry.BACKENDS)),
+    *(*TORCHVISION, "resnet_fused", "resnet_fused+compile", *(f"resnet_fused-{name}" for name in registry.BACKENDS)),
     *(*INFERENCE_ONLY, *TRAINING_ONLY),
 )
 
@@ -83,6 +84,7 @@ class Case(abc.ABC):
         self, torchvision: ModuleType, model: str, batch: int, image_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.torchvision, self.model, self.dtype, self.device = torchvision, model, dtype, device
+        self.compiles = False
         self.state = _realistic_state(torchvision, model, image_size)
         images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         images = images.to(device, self.stored)
@@ -109,7 +111,9 @@ class Case(abc.ABC):
                 raise registry.BackendUnavailable(f"CUDA graphs need a CUDA device, this is {self.device}")
             run: Callable[[Tensor], Tensor] = net
             if name in COMPILED:
-                torch.compiler.reset()  # a size seen before would make the graph dynamic
+                if not self.compiles:
+                    torch.compiler.reset()  # what other cases compiled; this one's others stay
+                    self.compiles = True
                 run = torch.compile(net, dynamic=False, **COMPILED[name])
             elif name in GRAPHED:
                 run = graphed(net, x)

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import host
 from .cases import SUITES, VARIANTS
-from .engine import DTYPES, run
+from .engine import BASELINE, DTYPES, run
 from .report import write_json
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", help=f"comma-separated, out of: {', '.join(VARIANTS)}; default: all that are there"
     )
-    parser.add_argument("--baseline", help="the variant that ratios are taken against; default: the first")
+    parser.add_argument("--baseline", help=f"the variant that ratios are taken against; default: {BASELINE}")
     parser.add_argument(
         "--rounds", type=int, help="every round times each variant; default: 10, or fewer where they take long"
     )

@@ -14,15 +14,16 @@ from .cases import SUITES, TORCHVISION, VARIANTS
 from .report import Report, conditions
 from .timing import Track, paired_ratios, silent, time_rounds
 
+BASELINE = "torchvision-nhwc"  # the layout in which PyTorch itself is fast
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def default_variants(device: torch.device, suite: str = "inference") -> tuple[str, ...]:
-    """torchvision's three, resnet_fused as it comes, and every further backend that is there and serves the suite."""
+    """torchvision's three, resnet_fused as it comes and compiled, every further backend that is there and serves."""
     backends = registry.apart_from_auto(device)
     if suite == "training":
         backends = [name for name in backends if registry.serves(name, "batch_norm_act")]
-    return (*TORCHVISION, "resnet_fused", *(f"resnet_fused-{name}" for name in backends))
+    return (*TORCHVISION, "resnet_fused", "resnet_fused+compile", *(f"resnet_fused-{name}" for name in backends))
 
 
 def run(
@@ -52,7 +53,7 @@ def run(
         device: "cpu", "cuda" or "cuda:N"; by default a GPU where there is one.
         variants: names out of `VARIANTS`; by default `default_variants(device, suite)`.
         suite: "inference", a forward pass; "training", forward, cross-entropy, backward and SGD with momentum.
-        baseline: the variant that ratios are taken against; by default the first.
+        baseline: the variant that ratios are taken against; by default "torchvision-nhwc", without it the first.
         rounds: how often every variant is timed; by default 10, or 3 to 9 where 10 would take longer than 40 s.
         image_size: height and width of the images.
         track: wraps the loops, for instance `progress`.
@@ -69,7 +70,7 @@ def run(
     names = tuple(variants) if variants is not None else default_variants(target, suite)
     if not names:
         raise ValueError("variants must name at least one")
-    baseline = baseline if baseline is not None else names[0]
+    baseline = baseline if baseline is not None else (BASELINE if BASELINE in names else names[0])
     _one_of("model", [model], list(TORCHVISION_ENUMS))
     _one_of("dtype", [dtype], DTYPES)
     _one_of("variants", names, VARIANTS)

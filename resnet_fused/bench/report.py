@@ -1,6 +1,7 @@
 """What a measurement says and under which conditions it was made: as a table and as JSON."""
 
 import datetime
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,9 +40,9 @@ class Result:
 
     @property
     def parity(self) -> str:
-        if self.status != "measured":
-            return self.status
-        return "torchvision-nhwc's bits" if self.bit_identical else f"error {self.error:.1e} (allowed {self.limit:.1e})"
+        """In a word."""
+        words = {"measured": "bits" if self.bit_identical else "ok", "unavailable": "absent"}
+        return words.get(self.status, self.status)
 
 
 @dataclass
@@ -62,51 +64,89 @@ class Report:
         """No variant was refused and none failed."""
         return all(result.status in ("measured", "unavailable") for result in self.results)
 
+    def ratio(self, result: Result) -> float | None:
+        """A variant's speed against the baseline's, by the medians of their times."""
+        times = next((r.samples_ms for r in self.results if r.variant == self.baseline), [])
+        if not (times and result.samples_ms):
+            return None
+        return statistics.median(times) / statistics.median(result.samples_ms)
+
+    def warnings(self) -> list[str]:
+        """What makes the figures doubtful."""
+        c, found = self.conditions, []
+        base = next((quartiles(r.samples_ms) for r in self.results if r.variant == self.baseline), [])
+        times = {r.variant: quartiles(r.samples_ms) for r in self.results if r.variant != self.baseline}
+        near = [name for name, ms in times.items() if base and ms and ms[0] <= base[2] and base[0] <= ms[2]]
+        if near:
+            found.append(f"{self.baseline}'s times overlap those of {', '.join(near)}, by the quartiles: no difference")
+        if c["load"] > c["cpus"] / 4:
+            found.append(f"the load was {c['load']:.1f} on {c['cpus']} CPUs at the start: something else was running")
+        return found
+
     def table(self) -> str:
-        """A line for each variant; medians over the rounds, with the first and third quartile."""
+        """A line for each variant, medians over the rounds and quartiles; 80 columns."""
         c = self.conditions
-        lines = [
+        head = (
             f"{self.model} {self.task}, {self.batch} x 3 x {self.image_size} x {self.image_size}, {self.dtype}, "
-            f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}",
-            "",
-        ]
-        per_call = "ms/step" if self.task == "training" else "ms/batch"
-        rows = [("variant", "img/s", per_call, "(quartiles)", "ratio", "(quartiles)", "peak MiB", "parity")]
+            f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}"
+        )
+        rows: list[tuple[str, ...]] = [("variant", "img/s", "ms", "quartiles", "ratio", "quartiles", "MiB", "parity")]
         for r in self.results:
             figures = ("-",) * 5
             if r.samples_ms:
-                ms, speed = quartiles(r.samples_ms), quartiles(r.ratios)
+                ms, speed, ratio = quartiles(r.samples_ms), quartiles(r.ratios), self.ratio(r)
                 figures = (
-                    f"{self.batch * 1e3 / ms[1]:.1f}",
-                    f"{ms[1]:.2f}",
-                    f"({ms[0]:.2f} - {ms[2]:.2f})",
-                    f"{speed[1]:.2f}" if speed else "-",
-                    f"({speed[0]:.2f} - {speed[2]:.2f})" if speed else "",
+                    *(_digits(self.batch * 1e3 / ms[1], 4), _digits(ms[1], 4)),
+                    f"{_digits(ms[0], 3)}-{_digits(ms[2], 3)}",
+                    *(("-", "-") if ratio is None else (f"{ratio:.2f}", f"{speed[0]:.2f}-{speed[2]:.2f}")),
                 )
-            rows.append((r.variant, *figures, "n/a" if r.peak_mib is None else f"{r.peak_mib:.0f}", r.parity))
-        rounds = max((len(r.samples_ms) for r in self.results), default=0)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+            rows.append((r.variant, *figures, "-" if r.peak_mib is None else f"{r.peak_mib:.0f}", r.parity))
+        if all(r.peak_mib is None for r in self.results):
+            rows = [(*row[:-2], row[-1]) for row in rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        between = "  " if sum(widths) + 2 * len(widths) <= 82 else " "
+        lines = [head, ""]
         for name, *cells, parity in rows:
-            padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join((name.ljust(widths[0]), *padded, parity)))
-        lines += ["", f"ratio: speed against {self.baseline}, taken in each of {rounds} interleaved rounds."]
-        lines += [f"{r.variant} {r.status}: {r.reason}" for r in self.results if r.reason]
-        lines += [
-            f"{r.variant} ran " + ", ".join(f"{what} ({n})" for what, n in r.ran.items()) for r in self.results if r.ran
+            padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
+            lines.append(between.join((name.ljust(widths[0]), *padded, parity)))
+        wrapped = [textwrap.wrap(line, 80, subsequent_indent="  ") or [""] for line in (*lines, "", *self._notes())]
+        return "\n".join(itertools.chain.from_iterable(wrapped))
+
+    def _notes(self) -> list[str]:
+        rounds = max((len(r.samples_ms) for r in self.results), default=0)
+        call = "a train step" if self.task == "training" else "a batch"
+        notes = [
+            f"ms: of {call}, medians of {rounds} interleaved rounds. ratio: speed against {self.baseline} by these "
+            "medians; its quartiles are of the ratios within each round. parity: bits, torchvision-nhwc's to the bit; "
+            "ok, an error within the limit.",
+            *(f"warning: {warning}" for warning in self.warnings()),
+            *(f"{r.variant} {r.status}: {r.reason}" for r in self.results if r.reason),
         ]
-        return "\n".join(lines)
+        errors = [f"{r.variant} {r.error:.1e}" for r in self.results if r.status == "measured" and r.error is not None]
+        if errors:
+            notes.append(f"error against float64 (limit {self.results[0].limit:.1e}): {', '.join(errors)}")
+        for r in self.results:
+            if r.ran:
+                notes.append(f"{r.variant} ran " + ", ".join(f"{what} ({n})" for what, n in r.ran.items()))
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, with medians and quartiles beside the samples."""
-        out = asdict(self)
+        out = asdict(self) | {"warnings": self.warnings()}
         for entry, result in zip(out["results"], self.results, strict=True):
             if result.error is not None and not math.isfinite(result.error):
                 entry["error"] = None  # JSON has no NaN; the reason says it
             if result.samples_ms:
                 entry["ms_quartiles"] = quartiles(result.samples_ms)
                 entry["img_per_s"] = self.batch * 1e3 / statistics.median(result.samples_ms)
+                entry["ratio"] = self.ratio(result)
                 entry["ratio_quartiles"] = quartiles(result.ratios)
         return out
+
+
+def _digits(value: float, count: int) -> str:
+    """So many digits, or all that stand before the point."""
+    return f"{value:.{max(0, count - len(str(int(value))))}f}"
 
 
 def quartiles(samples: Sequence[float]) -> list[float]:

@@ -184,7 +184,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_first(user: fx.Node) -> bool:
-    return user.target is operator.getitem and user.args[1] == 0
+    return user.target is operator.getitem and bool(_args(user)[1] == 0)
 
 
 def _same_shape(a: Any, b: Any) -> bool:

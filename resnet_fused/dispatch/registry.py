@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,10 +28,14 @@ _implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, operator) 
 
 listener: Callable[[str, "Choice", Any], None] | None = None  # set by explain and tune while they run a model
 _forced = os.environ.get("RESNET_FUSED_BACKEND", "auto")  # a plain global: a ContextVar would break compiled graphs
+_asked: dict[object, str] = {None: _forced}  # by set_backend and every open `with` block, the last in force
+_asking = threading.Lock()
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and can't serve the call; the message names the op, the reason and the remedy."""
+    """A backend was asked for by name and can't serve: the message names op or module, the reason and the remedy."""
+
+    module: Any = None  # that stands in the way
 
 
 class Choice(NamedTuple):
@@ -46,9 +51,9 @@ def set_backend(name: str) -> None:
         ValueError: `name` is not "auto", "cuda", "triton", "cudnn", "onednn" or "eager".
     """
     global _forced
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {_NAMES}; got {name!r}")
-    _forced = name
+    _check_name(name)
+    with _asking:
+        _asked[next(reversed(_asked))] = _forced = name
 
 
 def get_backend() -> str:
@@ -58,14 +63,50 @@ def get_backend() -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend inside a `with` block, as `set_backend` does; the choice is the process's, not the thread's."""
+    """Force one backend inside a `with` block, and leave what was forced before.
+
+    The choice is the process's: the threads in which autograd and DataParallel run have to see it. Of blocks that
+    overlap in several threads the one entered last decides, for all of them, until it ends.
+
+    Raises:
+        ValueError: as `set_backend`.
+    """
     global _forced
-    previous = _forced
-    set_backend(name)
+    _check_name(name)
+    if torch.compiler.is_compiling():  # one thread, no lock
+        previous, _forced = _forced, name
+        try:
+            yield
+        finally:
+            _forced = previous
+        return
+    block = object()
+    with _asking:
+        _asked[block] = _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with _asking:
+            del _asked[block]
+            _forced = _asked[next(reversed(_asked))]
+
+
+def _check_name(name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {_NAMES}; got {name!r}")
+
+
+def forced() -> bool:
+    """Whether a fused backend was asked for by name."""
+    return _forced not in ("auto", PLAIN)
+
+
+def not_served(what: str, reason: str) -> BackendUnavailable:
+    """The error of a forced backend."""
+    return BackendUnavailable(
+        f"{what}: backend {_forced!r} was asked for and can't serve this: {reason}. "
+        'Use backend("auto"), which leaves it to PyTorch, or mend that.'
+    )
 
 
 def fuses(device: torch.device) -> bool:
@@ -154,11 +195,8 @@ def choose(
         if reason is None:
             return Choice(name, rejected)
         rejected = (*rejected, (name, reason))
-    if _forced not in ("auto", "eager"):
-        raise BackendUnavailable(
-            f"{op}: backend {_forced!r} was asked for and can't serve this call: {rejected[0][1]}. "
-            f'Use backend "auto" or "eager", or mend that.'
-        )
+    if forced():
+        raise not_served(op, rejected[0][1])
     return Choice("eager", rejected)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -14,15 +15,22 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import FileLock
 
 from .._version import __version__
 
 
 def cache_dir() -> Path:
-    """RESNET_FUSED_HOME, or `resnet_fused` under XDG_CACHE_HOME or ~/.cache; it need not exist."""
+    """RESNET_FUSED_HOME, or `resnet_fused` under XDG_CACHE_HOME or ~/.cache; it need not exist.
+
+    A user without a home (a container's bare number) has a folder of that number among the temporary files.
+    """
     home = os.environ.get("RESNET_FUSED_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() if home else Path(cache).expanduser() / "resnet_fused"
+    try:
+        return Path(home).expanduser() if home else Path(cache).expanduser() / "resnet_fused"
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"resnet_fused-{os.getuid()}")
 
 
 @contextlib.contextmanager
@@ -54,12 +62,12 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
-        driver = _driver_version()
+        driver, cudnn = _driver_version(), str(torch.backends.cudnn.version())
     else:
-        name, driver = device.type, "none"
+        name, driver, cudnn = device.type, "none", "none"
     triton = installed_version("triton") or "none"
-    versions = {"torch": torch.__version__, "triton": triton, "resnet_fused": __version__, "kernels": _kernels_digest()}
-    return {"device": name, "driver": driver, **versions}
+    versions = {"torch": torch.__version__, "cudnn": cudnn, "triton": triton, "resnet_fused": __version__}
+    return {"device": name, "driver": driver, **versions, "kernels": _kernels_digest()}
 
 
 def _driver_version() -> str:
@@ -89,15 +97,22 @@ def _kernels_digest() -> str:
 
 
 class Store:
-    """The entries of one kind, `verdicts` or `tuned`, for one device; a damaged or unwritable file is a warning."""
+    """The entries of one kind, `verdicts` or `tuned`, for one device; a damaged or unwritable file is a warning.
+
+    Every environment has a file of its own. What other threads, devices and processes wrote there meanwhile is kept.
+    """
 
     def __init__(self, kind: str, device: torch.device) -> None:
         self.environment = environment(device)
         slug = "".join(c if c.isalnum() else "-" for c in self.environment["device"])
-        self.path = cache_dir() / f"{kind}-{slug}.json"
+        digest = hashlib.sha256(json.dumps(self.environment).encode()).hexdigest()[:8]
+        self.path = cache_dir() / f"{kind}-{slug}-{digest}.json"
         self.entries: dict[str, Any] = self._read()
+        self._own: dict[str, Any] = {}  # written by this process
+        self._writing = threading.Lock()
+        self._warned = False
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, warn: bool = True) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text())
             if content["environment"] == self.environment and isinstance(content["entries"], dict):
@@ -107,14 +122,24 @@ class Store:
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"it can't be read ({type(error).__name__}: {error})"
-        warnings.warn(f"resnet_fused: {self.path} is left aside: {problem}", stacklevel=2)
+        if warn:
+            warnings.warn(f"resnet_fused: {self.path} is left aside: {problem}", stacklevel=2)
         return {}
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.entries[key] = value
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path) as file:
-                json.dump({"environment": self.environment, "entries": self.entries}, file, indent=1)
-        except OSError as error:
-            warnings.warn(f"resnet_fused: {self.path} can't be written ({error}); nothing is remembered", stacklevel=2)
+        with self._writing:
+            self._own[key] = value
+            try:
+                self._write()
+            except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+                if not self._warned:
+                    self._warned = True
+                    message = f"resnet_fused: {self.path} can't be written ({error}); nothing is remembered"
+                    warnings.warn(message, stacklevel=2)
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock", timeout=10), atomic_write(self.path) as file:
+            entries = self._read(warn=False) | self._own
+            json.dump({"environment": self.environment, "entries": entries}, file, indent=1)

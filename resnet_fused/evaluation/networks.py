@@ -62,7 +62,7 @@ class Network(NamedTuple):
         return cls(f"{name}, weights {weights}", model.eval(), mean, std, classes, "imagenet")
 
     def targets(self, classes: Sequence[str]) -> Tensor:
-        """The output that stands for each of a data set's classes: by name where all names are known, else by place.
+        """The output that stands for each of a data set's classes: by name where all are known, by place where none is.
 
         Returns:
             int64 [len(classes)].
@@ -75,7 +75,7 @@ class Network(NamedTuple):
         if all(c in known for c in classes):
             return torch.tensor([known[c] for c in classes])
         outputs = self.model.fc.out_features
-        if len(classes) == outputs:
+        if len(classes) == outputs and not any(c in known for c in classes):
             return torch.arange(outputs)
         unknown = next(c for c in classes if c not in known)
         raise ValueError(

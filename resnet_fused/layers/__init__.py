@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..dispatch import registry
 from . import block
-from .block import Sum, run_block
+from .block import Sum, as_modules, run_block
 from .recompute import REPEATABLE, keeping_convolutions, recomputed, recomputes
 from .shortcut import PadShortcut
 from .steps import INPUT, Step, called_plainly, counters
@@ -30,12 +31,14 @@ def run(
     then: nn.Module | None = None,
     recompute: Recompute = None,
 ) -> Tensor:
-    """The block of these steps on x [N, C, H, W], then the module `then`; a leaf to torch.fx.
+    """The block of these steps on x [N, C, H, W], then the module `then`; torch.fx sees every module called.
 
     pre_add: what `run_unit` left to be added to x; not together with recompute.
     recompute: what backward computes again instead of keeping: "activations", the outputs of all BN + ReLU but the
         block's own output; "blocks", everything but x.
     """
+    if isinstance(x, Proxy):
+        return _then(then)(as_modules(x, steps))
     if recompute is None or not recomputes(steps):
         x = run_block(x, steps, pre_add)
         return x if then is None else then(x)

@@ -18,6 +18,7 @@ from .steps import (
     group,
     momentum,
     needs_grad,
+    obstacle,
     statistics,
     synchronizes,
     tensor,
@@ -83,6 +84,20 @@ def run_block(
     return Sum(x, None) if hand_over else x
 
 
+def as_modules(x: Any, steps: tuple[Step, ...]) -> Any:
+    """The steps' modules on a `torch.fx.Proxy`, in torchvision's order: the graph that torch.fx has of its blocks."""
+    y = read = x  # read: by the shortcut's module
+    for step in steps:
+        for module in (step.conv, step.bn):
+            y = y if module is None else module(y)
+        if step.addend is not None:
+            y = y + (x if step.addend == INPUT else step.addend(read))
+        y = y if step.act is None else step.act(y)
+        if step.conv is None:
+            read = y
+    return y
+
+
 def explained_bn(z: Tensor, step: Step, source: Tensor) -> Tensor:
     if explainer is not None:
         explainer.begin(step, None)
@@ -132,8 +147,25 @@ def run_step(x: Tensor, step: Step, source: Tensor) -> Tensor:
 
 
 def _fuses(step: Step, x: Tensor) -> TypeGuard[Fusable]:
-    """Whether the step is an operator's, not its modules called as they are."""
-    return (registry.fuses(x.device) or synchronizes(step.bn) or tape.active) and fusable(step)
+    """Whether the step is an operator's, not its modules called as they are.
+
+    Raises:
+        BackendUnavailable: they have to be called as they are, and a forced backend should have the step.
+    """
+    if not (registry.fuses(x.device) or synchronizes(step.bn) or tape.active):
+        return False
+    if fusable(step):
+        return True
+    _not_forced(*obstacle(step))
+    return False
+
+
+def _not_forced(module: nn.Module, reason: str) -> None:
+    """A forced backend can't have the step of this module: a plain call raises, `explain` says why."""
+    if registry.forced() and explainer is None:
+        error = registry.not_served(f"{type(module).__name__}({module.extra_repr()})", reason)
+        error.module = module
+        raise error
 
 
 def _modules(x: Tensor, step: Step, source: Tensor) -> Tensor:
@@ -150,14 +182,20 @@ def _shortcut(addend: Addend, source: Tensor) -> Tensor | None:
     if addend is None or addend == INPUT:
         return None if addend is None else source
     inner = projection(addend)
-    return addend(source) if inner is None else run_step(source, inner, source)
+    if inner is not None:
+        return run_step(source, inner, source)
+    if _projects(addend):
+        _not_forced(addend, f"the shortcut's projection {called_plainly(addend)}")
+    return addend(source)
 
 
 def projection(shortcut: nn.Module) -> Step | None:
     """The step that a `Sequential(conv, bn)` without hooks stands for."""
-    if type(shortcut) is nn.Sequential and len(shortcut) == 2 and called_plainly(shortcut) is None:
-        return Step(shortcut[0], shortcut[1])
-    return None
+    return Step(*shortcut) if _projects(shortcut) and called_plainly(shortcut) is None else None
+
+
+def _projects(shortcut: nn.Module) -> TypeGuard[nn.Sequential]:
+    return type(shortcut) is nn.Sequential and len(shortcut) == 2
 
 
 def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: BatchNorm | None, act: nn.ReLU | None, residual: Tensor | None) -> Tensor:

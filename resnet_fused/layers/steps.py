@@ -154,7 +154,7 @@ def fusable(step: Step) -> TypeGuard[Fusable]:
 
 def unfusable(step: Step) -> str | None:
     """Why the step's modules have to be called as they are, or None."""
-    return None if fusable(step) else _reason(step)
+    return None if fusable(step) else obstacle(step)[1]
 
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -164,7 +164,8 @@ def _pads_zeros(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def _reason(step: Step) -> str | None:
+def obstacle(step: Step) -> tuple[nn.Module, str]:
+    """The first module for whose sake an unfusable step's modules are called as they are, and why."""
     kinds = (
         ("convolution", step.conv, (nn.Conv2d,)),
         ("BN", step.bn, _NORMS),
@@ -174,14 +175,14 @@ def _reason(step: Step) -> str | None:
         if module is None:
             continue
         if type(module) not in types:
-            return f"the {role} is {type(module).__name__}, not exactly {' or '.join(t.__name__ for t in types)}"
+            exactly = " or ".join(t.__name__ for t in types)
+            return module, f"the {role} is {type(module).__name__}, not exactly {exactly}"
         reason = called_plainly(module)
         if reason is not None:
-            return f"the {role} ({type(module).__name__}) {reason}"
+            return module, f"the {role} ({type(module).__name__}) {reason}"
     conv = step.conv
-    if isinstance(conv, nn.Conv2d) and not _pads_zeros(conv):
-        return f"the convolution pads by {conv.padding_mode!r}, {conv.padding!r}; numbers of zeros are fused"
-    return None
+    assert isinstance(conv, nn.Conv2d)  # the others were looked at
+    return conv, f"the convolution pads by {conv.padding_mode!r}, {conv.padding!r}; numbers of zeros are fused"
 
 
 def called_plainly(module: nn.Module) -> str | None:

@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import INPUT, Recompute, Step, run
-
-torch.fx.wrap("run")
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:

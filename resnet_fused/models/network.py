@@ -6,13 +6,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .weights import WeightsArg, load_state_dict, resolve
 
-torch.fx.wrap("run")
-
-Stem = Literal["imagenet", "cifar"]
+Stem = Literal["imagenet", "caffe", "cifar"]
 Shortcut = Literal["A", "B", "C"] | None
 Network = TypeVar("Network", bound="ResNet")
 
@@ -28,7 +27,8 @@ class ResNet(nn.Module):
         groups, width_per_group: cardinality and width of the 3x3 convolutions (ResNeXt, wide ResNet).
         replace_stride_with_dilation: a flag for every stage but the first; where true, it dilates instead of striding.
         norm_layer: constructor of the normalisation, `nn.BatchNorm2d` by default; it and SyncBatchNorm are fused.
-        stem: "imagenet", a 7x7 convolution of stride 2 and max pooling; "cifar", a 3x3 convolution of stride 1.
+        stem: "imagenet", a 7x7 convolution of stride 2 and max pooling; "caffe", the same, but pooling in ceil mode
+            without padding, as the paper's Caffe model; "cifar", a 3x3 convolution of stride 1.
         shortcut: where a stage changes the shape, the paper's option "A", subsampling and zeros for the new channels,
             or "B", a projection; "C", projections in every block; None, no shortcuts at all: a plain network.
         widths: of the 3x3 convolutions, stage by stage; the first is the stem's too.
@@ -66,8 +66,8 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"replace_stride_with_dilation must be None or have {len(layers) - 1} elements, got {dilate}"
             )
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f'stem must be "imagenet" or "cifar", got {stem!r}')
+        if stem not in ("imagenet", "caffe", "cifar"):
+            raise ValueError(f'stem must be "imagenet", "caffe" or "cifar", got {stem!r}')
         if shortcut not in ("A", "B", "C", None):
             raise ValueError(f'shortcut must be "A", "B", "C" or None, got {shortcut!r}')
         if zero_init_residual and shortcut is None:
@@ -78,14 +78,16 @@ class ResNet(nn.Module):
         self.groups = groups
         self.base_width = width_per_group
         self.shortcut = shortcut
+        self.stem = stem
         self.stride_in_1x1 = stride_in_1x1
-        if stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
-        else:
+        if stem == "cifar":
             self.conv1 = conv3x3(3, self.inplanes)
+        else:
+            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem == "imagenet" else None
+        caffe = stem == "caffe"
+        self.maxpool = None if stem == "cifar" else nn.MaxPool2d(3, 2, padding=0 if caffe else 1, ceil_mode=caffe)
         self._add_stages(block, layers, widths, dilate)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(widths[-1] * block.expansion, num_classes)
@@ -176,10 +178,17 @@ class ResNet(nn.Module):
         return x if self.maxpool is None else self.maxpool(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._forward_impl(x)
-        with counters.together():
-            return self._forward_impl(x)
+        try:
+            if not self.training:
+                return self._forward_impl(x)
+            with counters.together():
+                return self._forward_impl(x)
+        except BackendUnavailable as error:
+            name = next((n for n, m in self.named_modules() if m is error.module), None)
+            error.args = (str(error) if name is None else f"{name}, {error}",)
+            raise
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)

@@ -16,8 +16,6 @@ from .blocks import BasicBlock, Block, Bottleneck, conv1x1
 from .network import ResNet, build
 from .weights import WeightsArg
 
-torch.fx.wrap("run")
-
 
 class _PreAct(Block):
     def branch(self) -> tuple[Step, ...]:

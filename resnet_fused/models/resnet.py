@@ -51,7 +51,8 @@ def resnet34(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any
 def resnet50(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50 (v1.5) of https://arxiv.org/abs/1512.03385; arguments and shapes as `resnet18`.
 
-    `weights="MSRA"` is the paper's own model, converted from its Caffe release; it implies `stride_in_1x1=True`.
+    `weights="MSRA"` is the paper's own model, converted from its Caffe release; it implies `stem="caffe"` and
+    `stride_in_1x1=True`.
     """
     return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs)
 

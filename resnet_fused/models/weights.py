@@ -76,7 +76,7 @@ def resolve(model_name: str | None, weights: WeightsArg) -> Source | None:
     if weights == "MSRA":
         if model_name not in (None, "resnet50"):
             raise ValueError(f"weights='MSRA' are those of resnet50, not of {model_name}")
-        return Source("MSRA", {"num_classes": 1000, "stride_in_1x1": True}, _msra)
+        return Source("MSRA", {"num_classes": 1000, "stem": "caffe", "stride_in_1x1": True}, _msra)
     if isinstance(weights, enum.Enum):
         return _enum_source(_member(model_name, type(weights).__name__, weights.name, weights))
     if isinstance(weights, (str, os.PathLike)):
@@ -101,16 +101,15 @@ def load_weights(model: nn.Module, weights: WeightsArg, progress: bool = True) -
         progress: show a progress bar while weights are downloaded.
 
     Raises:
-        ValueError: the weights don't fit the model, or not its stride_in_1x1.
+        ValueError: the weights don't fit the model, or not its stem or stride_in_1x1.
     """
     source = resolve(None, weights)
     if source is None:
         return
-    expected = source.model_kwargs.get("stride_in_1x1")
-    if expected is not None and getattr(model, "stride_in_1x1", False) != expected:
-        raise ValueError(
-            f"weights={weights!r} are those of a model with stride_in_1x1={expected}, this one has {not expected}"
-        )
+    for key, torchvisions in (("stem", "imagenet"), ("stride_in_1x1", False)):
+        own = getattr(model, key, torchvisions)
+        if own != (expected := source.model_kwargs.get(key, own)):
+            raise ValueError(f"weights={weights!r} are those of a model with {key}={expected!r}, this one has {own!r}")
     load_state_dict(model, source.state_dict(progress), source.name)
 
 
@@ -187,7 +186,7 @@ def _enum_source(weights: "WeightsEnum") -> Source:
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
             raise FetchError(f"cannot download {weights.url}: {error}; a local .pth file serves as well") from error
 
-    kwargs = {"num_classes": len(weights.meta["categories"]), "stride_in_1x1": False}
+    kwargs = {"num_classes": len(weights.meta["categories"]), "stem": "imagenet", "stride_in_1x1": False}
     return Source(f"{type(weights).__name__}.{weights.name}", kwargs, state_dict)
 
 

@@ -32,7 +32,9 @@ def make_source(settings: Settings, world: World, device: torch.device, workers:
         if settings.holdout:
             raise ValueError("holdout is for the recipes cifar and tutorial: an image folder has its val/")
         train = _samples(settings.data, "train", augment.imagenet_train())
-        return Loaded(settings, world, device, workers, train, _samples(settings.data, "test", augment.imagenet_eval()))
+        test = _samples(settings.data, "test", augment.imagenet_eval())
+        data.check_classes(settings.data, train.classes, test.classes)
+        return Loaded(settings, world, device, workers, train, test)
     if settings.data.startswith("imagefolder:"):
         raise ValueError(f"recipe {settings.recipe} takes cifar10 or synthetic; an image folder goes with imagenet")
     return InMemory(settings, world, device)

@@ -35,7 +35,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, from its file or its run's folder.
 
     Keys: model, model_kwargs, state_dict; mean and std of the images in [0, 1] (tensors [3, 1, 1] or [3, H, W]);
-    classes; step; config, the run's settings; optimizer, schedule, scaler, rng and the last evaluation.
+    classes; step; config, the run's settings; optimizer, schedule, scaler, rng; the last evaluation, and its step as
+    evaluated.
 
     Raises:
         FileNotFoundError: there is none.

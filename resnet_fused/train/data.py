@@ -1,7 +1,7 @@
 """Data sets by name: CIFAR-10 and synthetic images in memory, folders in ImageNet's layout on disk."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,6 +77,21 @@ def hold_out(data: Images, count: int) -> tuple[Images, Images]:
     parts = order[count:].sort().values, order[:count].sort().values
     kept, held_out = (Images(data.images[part], data.labels[part], data.classes) for part in parts)
     return kept, held_out
+
+
+def check_classes(name: str, train: Sequence[str], test: Sequence[str]) -> None:
+    """Both splits of an image folder number their own classes: the same number has to be the same class.
+
+    Raises:
+        ValueError: a class is in one of both only.
+    """
+    lacks = [
+        f"{split}/ lacks {', '.join(map(repr, missing[:3]))}{' and more' * (len(missing) > 3)}"
+        for split, missing in (("train", sorted({*test} - {*train})), ("val", sorted({*train} - {*test})))
+        if missing
+    ]
+    if lacks:
+        raise ValueError(f"{name} must have the same classes in train/ and val/: {'; '.join(lacks)}")
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

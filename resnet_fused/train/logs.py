@@ -13,13 +13,17 @@ EVAL = ("step", "split", "loss", "error")
 class Log:
     """The logs in a run's folder, cut back to iteration `step` where the run resumes there.
 
+    Args:
+        evaluated: the iteration of the last evaluation that the resumed run knows of.
+
     Raises:
         OSError: they can't be written.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, evaluated: int) -> None:
         self._folder = folder
-        self._files = {name: _reopen(folder / f"{name}.csv", names, step) for name, names in _NAMES.items()}
+        lasts = {"train": step, "eval": evaluated}
+        self._files = {name: _reopen(folder / f"{name}.csv", names, lasts[name]) for name, names in _NAMES.items()}
         self._writer = _tensorboard(folder / "tensorboard", step)
 
     def train(self, **values: Any) -> None:

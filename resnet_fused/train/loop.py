@@ -115,19 +115,20 @@ class _Run:
         self.schedule = Schedule(self.optimizer, settings.milestones(), patience, self._warms_up())
         self.step, self.seconds, self.lr = 0, 0.0, settings.lr
         self.last: Evaluation | None = None
+        self.evaluated = 0  # the iteration of the last evaluation
         self.window: list[Tensor] = []  # [2] each: loss and error of an iteration
 
     def __call__(self, resume: bool) -> Evaluation:
         settings = self.settings
         self._open(resume)
-        if self.step < settings.iterations:
+        if self.evaluated < settings.iterations:
             self._iterate_all()
         assert self.last is not None  # the last iteration evaluates
         return self.last
 
     def _iterate_all(self) -> None:
         settings = self.settings
-        log = Log(self.out, self.step) if self.world.rank == 0 else None
+        log = Log(self.out, self.step, self.evaluated) if self.world.rank == 0 else None
         bar = tqdm(
             total=settings.iterations,
             initial=self.step,
@@ -136,19 +137,20 @@ class _Run:
             disable=None if self.world.rank == 0 else True,
         )
         with bar, contextlib.closing(log) if log else contextlib.nullcontext():
+            if self._evaluates() and self.evaluated < self.step:  # it stopped there
+                self._evaluate(log)
             started = time.perf_counter()
             for x, labels in self.source.train(self.step, settings.iterations):
                 self._iterate(x, labels)
                 bar.update()
-                last = self.step == settings.iterations
-                evaluates = last or self.step % settings.eval_every == 0
-                saves = last or self.step % settings.save_every == 0
-                if evaluates or saves or self.step % settings.log_every == 0:
+                evaluates = self._evaluates()
+                saves = evaluates or self.step % settings.save_every == 0
+                if saves or self.step % settings.log_every == 0:
                     self._flush(log, bar, started)
-                if evaluates:
-                    self._evaluate(log, "test" if last or not settings.holdout else "val")
-                if saves and self.world.rank == 0:
+                if saves:  # before an evaluation too: whatever stops that, the training is kept
                     self._save()
+                if evaluates:
+                    self._evaluate(log)
                 if not self.window:
                     started = time.perf_counter()
 
@@ -186,15 +188,23 @@ class _Run:
             )
         self.window.clear()
 
-    def _evaluate(self, log: Log | None, split: str) -> None:
+    def _evaluates(self) -> bool:
+        """Whether this iteration ends in an evaluation."""
+        last = self.step == self.settings.iterations
+        return last or self.step > 0 and self.step % self.settings.eval_every == 0
+
+    def _evaluate(self, log: Log | None) -> None:
+        split = "test" if self.step == self.settings.iterations or not self.settings.holdout else "val"
         self.world.share_statistics(self.model)
         with self._autocast():
             self.last = last = evaluate(self.model, self.source.evaluation(split), self.world)
         self.schedule.evaluated(last.error)
+        self.evaluated = self.step
         if log is not None:
             log.eval(step=self.step, split=split, loss=last.loss, error=last.error)
             line = f"iteration {self.step}: {split} error {last.error:.2f} %, loss {last.loss:.3f}"
             tqdm.write(f"{line}, after {self.seconds:.0f} s of training", file=sys.stderr)
+        self._save()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = DTYPES[self.settings.dtype]
@@ -224,6 +234,7 @@ class _Run:
         self.schedule.load_state_dict(content["schedule"])
         self.scaler.load_state_dict(content["scaler"])
         self.step, self.seconds = content["step"], content["seconds"]
+        self.evaluated = content.get("evaluated", self.step)
         self.last = content["evaluation"] and Evaluation(*content["evaluation"])
         torch.set_rng_state(content["rng"]["cpu"])
         if self.device.type == "cuda" and content["rng"]["cuda"] is not None:
@@ -242,6 +253,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "evaluation": self.last and tuple(self.last),
+            "evaluated": self.evaluated,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -252,6 +264,8 @@ class _Run:
         }
 
     def _save(self) -> None:
+        if self.world.rank > 0:
+            return
         try:
             checkpoint.save(self.out, self._state())
         except FloatingPointError as error:
