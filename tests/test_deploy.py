@@ -128,18 +128,12 @@ def test_what_can_not_be_deployed_is_named():
 def test_on_a_gpu_it_is_a_graph_of_fused_convolutions(name, monkeypatch, tmp_path):
     monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
     trust.forget(), speed.forget()
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda  # torch.export refuses where they disagree
-    settings = (cudnn.conv, cudnn.rnn, cuda.matmul)
-    before = [s.fp32_precision for s in settings]
-    for s in settings:
-        s.fp32_precision = "ieee"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, x = drawn(MODELS[name]()).cuda(), X[:, :, :8, :8].cuda()
     served = deploy(model, x)
     with torch.no_grad():
         torch.testing.assert_close(served(x), model(x), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(served(x[:1]), model(x[:1]), rtol=1e-3, atol=1e-3)
     served.capture(x[:1])
-    for s, precision in zip(settings, before, strict=True):
-        s.fp32_precision = precision
     assert name == "odd" or len(served._run._captured) == 2
     trust.forget(), speed.forget()
