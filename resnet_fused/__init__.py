@@ -4,7 +4,7 @@ from typing import Any
 
 from . import models, ops
 from ._version import __version__
-from .deploy import deploy
+from .deploy import deploy, export
 from .dispatch.registry import BackendUnavailable, backend, get_backend, set_backend
 from .explain import explain
 from .graphs import graphed
@@ -17,6 +17,7 @@ __all__ = [
     "backend",
     "deploy",
     "explain",
+    "export",
     "get_backend",
     "graphed",
     "models",

@@ -103,6 +103,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
+    command = commands.add_parser("export", help="a model as a file that runs without this package")
+    command.add_argument("path", metavar="PATH", help="ends in .onnx, .pt2, .aoti.pt2 or .safetensors")
+    command.add_argument("--model", default="resnet50", metavar="NAME", help="default: resnet50")
+    command.add_argument("--weights", help="as weights= of the model, or a run of train: its folder or checkpoint")
+    command.add_argument("--num-classes", type=positive_int, default=1000, metavar="N", help="of weights in a file")
+    command.add_argument("--size", type=positive_int, default=224, metavar="PIXELS", help="of an image (default: 224)")
+    command.add_argument("--device", default="cpu", help="that .aoti.pt2 is compiled for (default: cpu)")
+    command.set_defaults(run=_export)
+
     command = commands.add_parser("doctor", help="what this machine makes of the package: numbers, speed, a verdict")
     if "doctor" in argv:
         from . import doctor
@@ -133,6 +142,24 @@ def _error_line(error: BaseException) -> str:
     if isinstance(error, ImportError) and (package := (error.name or "").partition(".")[0]) in _EXTRAS:
         return f'this needs {package}: pip install "resnet_fused[{_EXTRAS[package]}]" ({error})'
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .deploy import export
+    from .evaluation.networks import Network
+    from .train import checkpoint
+
+    if args.weights is not None and (Path(args.weights).is_dir() or Path(args.weights).name == checkpoint.NAME):
+        model = Network.from_checkpoint(args.weights).model
+    else:
+        model = models.get_model(args.model, weights=args.weights, **_classes(args))
+    device = _device(args.device)
+    print(export(model.eval().to(device), torch.zeros(2, 3, args.size, args.size, device=device), args.path))
+    return 0
+
+
+def _classes(args: argparse.Namespace) -> dict[str, int]:
+    return {} if args.num_classes == 1000 else {"num_classes": args.num_classes}
 
 
 def _fetch(args: argparse.Namespace) -> int:

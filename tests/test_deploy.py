@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused
-from resnet_fused import deploy
+from resnet_fused import cli, deploy, export
 from resnet_fused.dispatch import speed, store, trust
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -137,3 +137,58 @@ def test_on_a_gpu_it_is_a_graph_of_fused_convolutions(name, monkeypatch, tmp_pat
     served.capture(x[:1])
     assert name == "odd" or len(served._run._captured) == 2
     trust.forget(), speed.forget()
+
+
+def onnx_of(path):
+    ort = pytest.importorskip("onnxruntime")
+    session = ort.InferenceSession(str(path))
+    (name,) = (i.name for i in session.get_inputs())
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+LOADERS = {
+    "model.onnx": onnx_of,
+    "model.pt2": lambda path: torch.export.load(path).module(),
+    "model.aoti.pt2": lambda path: torch._inductor.aoti_load_package(str(path)),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_file_gives_the_models_numbers_without_this_package(name, tmp_path):
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxscript")
+    model = drawn(resnet_fused.cifar_resnet20())
+    with resnet_fused.backend("triton"), torch.no_grad():  # whatever is forced
+        run = LOADERS[name](export(model, X, tmp_path / name))
+    with torch.no_grad():
+        for x in (X, X[:1], torch.cat([X, X])):
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_safetensors_load_where_the_weights_came_from(tmp_path):
+    model = drawn(resnet_fused.resnet18())
+    path = export(model, X, tmp_path / "w.safetensors")
+    torch.testing.assert_close(dict(resnet_fused.resnet18(weights=str(path)).state_dict()), dict(model.state_dict()))
+
+
+def test_what_can_not_be_exported_is_named_and_nothing_is_written(tmp_path):
+    model = drawn(resnet_fused.cifar_resnet20())
+    for wrong, path, message in (
+        (model, tmp_path / "m.pth", r"must end in one of .onnx, .aoti.pt2, .pt2, .safetensors, got 'm.pth'"),
+        (model, tmp_path / "none" / "m.pt2", "folder .* is not there"),
+        (resnet_fused.cifar_resnet20(), tmp_path / "m.pt2", "train mode"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(wrong, X, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_exports(tmp_path, capsys):
+    weights = export(drawn(resnet_fused.resnet18(num_classes=7)), X, tmp_path / "w.safetensors")
+    path = tmp_path / "m.pt2"
+    options = ["--model", "resnet18", "--weights", str(weights), "--num-classes", "7", "--size", "32"]
+    assert cli.main(["export", str(path), *options]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    assert torch.export.load(path).module()(X).shape == (2, 7)
+    assert cli.main(["export", str(tmp_path / "m.txt"), "--model", "resnet18"]) == 2

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from .. import ops
 from ..graphs import Graphed, trains
+from .export import export
 from .lower import Conv, Writer, lower
 
-__all__ = ["Deployed", "deploy"]
+__all__ = ["Deployed", "deploy", "export"]
 
 
 class Deployed:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..dispatch import registry
+from .export import program
 
 aten = torch.ops.aten
 _BN = aten._native_batch_norm_legit_no_training.default
@@ -66,20 +67,18 @@ def lower(model: nn.Module, example: Tensor, emit: Emit, linear: Linear) -> fx.G
         linear: writes a fully connected layer x @ weight.T + bias.
     """
     with registry.backend("auto"), torch.no_grad():  # a forced backend's operators would be exported as such
-        twice = torch.cat([example, example]) if len(example) == 1 else example  # one is taken for a constant
-        program = torch.export.export(model, (twice,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-        program = program.run_decompositions({})  # without in-place operators
-    return _Lowering(program, example, emit, linear).run()
+        source = program(model, example).run_decompositions({})  # without in-place operators
+    return _Lowering(source, example, emit, linear).run()
 
 
 class _Lowering:
-    def __init__(self, program: Any, example: Tensor, emit: Emit, linear: Linear) -> None:
-        signature = program.graph_signature
-        state = {**program.state_dict, **program.constants}
+    def __init__(self, source: torch.export.ExportedProgram, example: Tensor, emit: Emit, linear: Linear) -> None:
+        signature = source.graph_signature
+        state = {**source.state_dict, **source.constants}
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         names |= signature.inputs_to_lifted_tensor_constants
         self.tensors = {name: state[of] for name, of in names.items()}
-        self.source, self.example, self.emit, self.linear = program.graph, example, emit, linear
+        self.source, self.example, self.emit, self.linear = source.graph, example, emit, linear
         self.writer = Writer()
         self.written: dict[fx.Node, fx.Node] = {}
         self.pending: dict[fx.Node, Conv] = {}  # convolutions whose add and ReLU may follow
