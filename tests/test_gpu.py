@@ -276,6 +276,39 @@ def test_graphed_replays_what_the_model_computes():
             torch.testing.assert_close(graphed(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+def test_graphed_under_autocast_casts_the_weights_of_the_day():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to(DEVICE).eval()
+    x = torch.randn(2, 3, 2, 2, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        graphed = resnet_fused.graphed(model, x)
+    for _ in range(2):  # the cache of the first block is gone
+        with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
+            assert torch.equal(graphed(x), model(x))
+        with torch.no_grad():
+            model[1].weight.mul_(3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_graphed_on_a_second_device_after_the_first():
+    case = next(c for c in CASES if c.id == "conv-3x3-join")
+    for device in ("cuda:0", "cuda:1"):
+        (x, *tensors), kwargs = make_inputs(case, dtype=torch.float16, device=device)
+        model = Convolution(tensors, kwargs).eval()
+        graphed = resnet_fused.graphed(model, x)
+        for images in (x, x + 1):
+            assert torch.equal(graphed(images), model(images))
+
+
+class Convolution(nn.Module):
+    def __init__(self, tensors, kwargs):
+        super().__init__()
+        self.tensors, self.kwargs = tensors, kwargs
+
+    def forward(self, x):
+        with torch.no_grad():
+            return resnet_fused.ops.conv_bn_act(x, *self.tensors, **self.kwargs)
+
+
 def test_an_unchecked_kernel_is_eager_inside_a_capture(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "cache_dir", lambda: tmp_path)
     trust.forget()
