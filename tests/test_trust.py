@@ -13,6 +13,7 @@ import torch
 
 import resnet_fused
 from resnet_fused import ops, testing
+from resnet_fused.backends import cudnn
 from resnet_fused.dispatch import compare, plans, registry, store, trust
 from resnet_fused.ops.batch_norm_act.calls import DxCall
 from resnet_fused.testing import CASES, make_inputs
@@ -242,6 +243,31 @@ def test_choices_are_kept_for_few_calls_and_for_one_setting_of_cudnn(conv_launch
         with torch.backends.cudnn.flags(enabled=enabled):
             call_conv()
     assert len(plans.kept) == 2
+
+
+def test_cudnn_is_refused_where_determinism_is_asked_for(conv_launches, monkeypatch):
+    monkeypatch.setitem(registry._UNAVAILABLE, "cudnn", lambda *device: cudnn.unavailable("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(cudnn.triton, "unavailable", lambda *device: None)
+    images = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 3, 3)
+
+    def launched():
+        with torch.no_grad():
+            ops.conv_bn_act(*images, *[torch.ones(8)] * 4, padding=1)
+        return conv_launches[-1]
+
+    for _ in range(2):
+        assert launched() == "cudnn"
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        assert launched() == "triton"
+        assert launched() == "triton"
+    assert launched() == "cudnn"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launched() == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert launched() == "cudnn"
 
 
 def test_the_check_leaves_random_numbers_alone():

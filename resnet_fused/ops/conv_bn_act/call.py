@@ -115,12 +115,15 @@ class Call(_Fields):
 
     def key(self) -> Hashable:
         """All that a plan depends on."""
-        precision = self.allow_tf32(), torch.backends.cudnn.enabled
-        return metadata(self), self.misaligned(), precision
+        settings = torch.backends.cudnn
+        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode() == 2
+        return metadata(self), self.misaligned(), self.allow_tf32(), flags
 
     def order(self) -> str:
         """What the registry orders backends by."""
-        return "conv 1x1" if self.weight.shape[2] == self.weight.shape[3] == 1 else "conv"
+        if self.weight.shape[2] == self.weight.shape[3] == 1:
+            return "conv 1x1"
+        return "conv stem" if self.weight.shape[1] <= 4 and self.groups == 1 else "conv"
 
     def problem(self) -> str:
         """One layer's problem, for `tune`: everything that the fastest choice depends on."""
