@@ -75,6 +75,22 @@ def test_within_budget_of_float64(backend, case, dtype, layout):
         check(case, dtype=dtype, device="cuda", layout=layout)
 
 
+@pytest.mark.skipif(not VIRTUAL, reason="which precision a GPU's PyTorch chooses is its own")
+def test_tf32_where_it_is_allowed_and_pytorch_does_not_use_it(monkeypatch):
+    monkeypatch.setattr("virtual_gpu.cudnn._operand", lambda t: t)
+    case = next(c for c in CASES if c.id == "conv-3x3-join")
+    (x, weight, *bn), kwargs = make_inputs(case, dtype=torch.float32, device="cuda")
+    call = Call(x, weight, None, *bn, 1e-5, [1, 1], [1, 1], [1, 1], 1, kwargs["residual"], True)
+    config = registry.implementation("triton", call.op).configs(call)[0]
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert compare("triton", call, config) is None
+    check(case, dtype=torch.float32, device="cuda")
+    plan = registry.implementation("triton", call.op).plan(call, config)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    with pytest.raises(AssertionError, match="is off by"):
+        testing.assert_within_budget(case, (plan(call),), (x, weight, *bn), kwargs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, kernel, stride, dilation",

@@ -2,7 +2,8 @@
 
 The oracle is the reference in float64. A result passes when its error, the largest absolute difference, is at most
 twice that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24 times the
-same formula on absolute values.
+same formula on absolute values. Where float32 convolutions may be computed in TF32, which PyTorch may do or leave, the
+reference's error is the larger of both. NaN has to be where the reference has it, and nowhere else.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
+
+
+def _largest_number(t: Tensor) -> float:
+    """NaN left aside."""
+    return largest(torch.where(t.isnan(), 0, t))
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -52,28 +59,61 @@ class Limit(NamedTuple):
     budget: float
 
 
-def limit(oracle: Tensor, plain: Tensor, magnitude: Tensor) -> Limit:
-    rounding = torch.finfo(plain.dtype).eps / 2 * largest(oracle)
-    budget = 2 * largest(plain.double() - oracle) + rounding + 2**-24 * largest(magnitude)
-    return Limit(oracle, plain, budget)
+class _InTF32(TorchFunctionMode):
+    """A device's convolutions of float32 multiply in TF32, whatever PyTorch would do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.conv2d and args[0].is_cuda and args[0].dtype == torch.float32:
+            self.used = True
+            args = (_to_tf32(args[0]), _to_tf32(args[1]), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+def _to_tf32(t: Tensor) -> Tensor:
+    """To the nearest with 10 bits behind the point, ties away from zero, as cuDNN rounds."""
+    rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isfinite(), rounded, t)
+
+
+def limit(oracle: Tensor, plain: Tensor, magnitude: Tensor, *others: Tensor) -> Limit:
+    """others: results that are as right as `plain`."""
+    rounding = torch.finfo(plain.dtype).eps / 2 * _largest_number(oracle)
+    error = max(_largest_number(t.double() - oracle) for t in (plain, *others))
+    return Limit(oracle, plain, 2 * error + rounding + 2**-24 * _largest_number(magnitude))
+
+
+def _allowed(reference: Callable[[], Any]) -> tuple[tuple[Tensor, ...], ...]:
+    """The reference's results as PyTorch computes them and, where the settings leave it the choice, in TF32."""
+    plains = as_tuple(reference())
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        with _InTF32() as mode:
+            rounded = as_tuple(reference())
+        if mode.used:
+            return plains, rounded
+    return (plains,)
 
 
 def limits(reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Limit]:
     """For every result of reference(*args, **kwargs)."""
     double = map_tensors((args, kwargs), Tensor.double)
     oracles = as_tuple(reference(*double[0], **double[1]))
-    plains = as_tuple(reference(*args, **kwargs))
+    plains, *others = _allowed(lambda: reference(*args, **kwargs))
     absolute_args, absolute_kwargs = absolute(*double)
     magnitudes = as_tuple(reference(*absolute_args, **absolute_kwargs))
-    yield from map(limit, oracles, plains, magnitudes)
+    yield from map(limit, oracles, plains, magnitudes, *others)
 
 
 def call_limits(call: Any) -> Iterator[Limit]:
     """For every result of an operator's call, by its own `reference` and `magnitudes`."""
     double = type(call)(*(_double(a) if isinstance(a, Tensor) else a for a in call))
     oracles, magnitudes = as_tuple(double.reference()), as_tuple(double.magnitudes())
-    for oracle, plain, magnitude in zip(oracles, as_tuple(call.reference()), magnitudes, strict=True):
-        yield limit(oracle, plain, magnitude) if plain.is_floating_point() else Limit(plain, plain, 0.0)
+    plains, *others = _allowed(call.reference)
+    for oracle, plain, *rest in zip(oracles, plains, magnitudes, *others, strict=True):
+        yield limit(oracle, plain, *rest) if plain.is_floating_point() else Limit(plain, plain, 0.0)
 
 
 def _double(t: Tensor) -> Tensor:
@@ -92,8 +132,11 @@ def wrong(results: tuple[Tensor, ...], limits: Iterable[Limit]) -> str | None:
             if flipped > 0.01 * result.numel():
                 return f"result {i} differs in {flipped} of {result.numel()} bytes"
             continue
-        error = largest(result.double() - oracle)
-        if not error <= budget:  # NaN is not
+        if not torch.equal(result.isnan(), plain.isnan()):
+            places = int((result.isnan() != plain.isnan()).sum())
+            return f"result {i} has NaN where PyTorch has none, or none where it has NaN, in {places} places"
+        error = _largest_number(result.double() - oracle)
+        if not error <= budget:  # infinity is not
             return f"result {i} is off by {error:.3g}, the budget is {budget:.3g}"
     return None
 
