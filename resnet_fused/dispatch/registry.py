@@ -159,6 +159,11 @@ def splits(name: str, call: Any) -> str | None:
     return split and split(call)
 
 
+def unfit(name: str) -> tuple[type[Exception], ...]:
+    """The exceptions with which a backend says that a kernel does not fit a device."""
+    return getattr(_MODULES[name], "UNFIT", ())
+
+
 def unknown(name: str) -> str | None:
     """Why there is no backend of this name, which only the environment can give, or None where there is."""
     if name in ("auto", *BACKENDS):

@@ -138,7 +138,10 @@ def conv_bn_act(
         key = (
             *(x.shape, x.stride(), x.dtype, x.device, x.__class__, x.data_ptr() & 15),
             *(weight.shape, weight.stride(), weight.dtype, weight.device, weight.__class__, weight.data_ptr() & 15),
-            *(None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__) for v in vectors),
+            *(
+                None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__, v.data_ptr() & 15)
+                for v in vectors
+            ),
             None
             if residual is None
             else (
