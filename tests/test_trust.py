@@ -412,6 +412,43 @@ def test_an_engine_that_drops_nan_is_out(engine):
     assert "lacks a NaN" in engine(lambda y, z: torch.fmax(y, torch.zeros_like(y)))
 
 
+def conv_call(x, weight, **changes):
+    call = Call(x, weight, None, *[torch.ones(weight.shape[0])] * 4, 1e-5, [2, 2], [1, 1], [1, 1], 1, None, True)
+    return call._replace(**changes)
+
+
+def test_a_check_computes_on_a_crop_that_compiles_the_same():
+    x = torch.zeros(1).half().expand(64, 20, 120, 200)
+    residual = x.new_zeros(1).expand(64, 8, 60, 100).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(161 * 8, dtype=torch.float16)[1 : 1 + 8 * 20].view(8, 20, 1, 1)  # misaligned
+    call = conv_call(x[:, :, :, ::2].contiguous(), weight, padding=[0, 0], residual=residual[:, :, :, :50])
+    drawn = call.drawn()
+    assert drawn.x.shape == (2, 20, 40, 36) and drawn.x.is_contiguous() and drawn.residual.shape == (2, 8, 20, 18)
+    assert drawn.residual.stride() == call.residual.stride() and drawn.weight.data_ptr() % 16 == 2
+    assert drawn.weight.stride() == weight.stride() and int(drawn.x.isnan().sum()) == 1
+    whole = call.drawn(whole=True)
+    assert [t.shape for t in whole[:2]] == [t.shape for t in call[:2]] and whole.x.stride() == call.x.stride()
+
+
+def test_a_check_leaves_room_for_a_large_kernel():
+    call = conv_call(torch.zeros(1, 4, 128, 70), torch.zeros(4, 4, 7, 3), dilation=[9, 1])
+    assert call.drawn().x.shape == (2, 4, 64, 38)
+
+
+def test_where_the_crop_compiles_something_else_the_whole_is_checked(monkeypatch):
+    triton, sizes = registry.implementation("triton", "conv_bn_act"), []
+    planned = triton.plan
+
+    def plan(call, config):
+        sizes.append(call.x.shape[2:])
+        return planned(call, config)
+
+    monkeypatch.setattr(triton, "plan", plan)
+    monkeypatch.setattr(triton, "kernel_class", lambda call, config: str(call.x.shape[3] > 40))
+    call = conv_call(torch.zeros(1, 4, 33, 65), torch.zeros(4, 4, 3, 3))
+    assert compare("triton", call, triton.configs(call)[0]) is None and sizes == [(33, 65)]
+
+
 def test_the_check_leaves_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
