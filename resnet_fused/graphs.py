@@ -1,5 +1,6 @@
 """A model's forward pass as CUDA graphs, one for each kind of input, behind a plain call."""
 
+import threading
 from collections.abc import Callable, Hashable
 from operator import attrgetter
 from typing import NamedTuple
@@ -33,17 +34,25 @@ def capture_cuda_graph(
     forward: Callable[[Tensor], Tensor], example: Tensor
 ) -> tuple[Tensor, Tensor, Callable[[], None]]:
     """(input, output, replay) of a CUDA graph of `forward`; warm-up runs have its kernels compiled and checked."""
-    static = example.clone()
-    stream = torch.cuda.Stream(static.device)
-    stream.wait_stream(torch.cuda.current_stream(static.device))
-    with torch.cuda.device(static.device), torch.cuda.stream(stream):
-        for _ in range(3):
-            forward(static)
-    torch.cuda.current_stream(static.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(static.device), torch.cuda.graph(graph):
-        output = forward(static)
+    device = example.device
+    with torch.cuda.device(device), _without_cached_casts(device.type):
+        static = example.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                forward(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            output = forward(static)
     return static, output, graph.replay
+
+
+def _without_cached_casts(device: str) -> torch.autocast:
+    """The autocast that holds, casting weights inside the graph: its cache dies with the caller's block."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 class Graphed:
@@ -53,25 +62,43 @@ class Graphed:
     replaced tensors, replaced modules, their geometry or eps, train() or eval(), hooks) leads to a new capture. An
     input of a shape, dtype or layout that was not captured, or under another autocast, `set_backend` or
     `torch.backends.cudnn.conv.fp32_precision`, runs as a plain call, as every input does in train mode; `capture` adds
-    it.
+    it. Threads take turns, and a replay on another stream than the last one waits for it.
     """
 
     def __init__(self, model: nn.Module, capture: Capture = capture_cuda_graph) -> None:
         self.model = model
         self._capture = capture
         self._captured: dict[Hashable, Captured] = {}
+        self._turn = threading.RLock()
+        self._last: dict[torch.device, torch.cuda.Stream] = {}  # on which a replay ran
 
     def capture(self, example: Tensor) -> None:
         """Capture a graph for inputs like `example`."""
-        self._captured[_kind(example)] = self._new(example)
+        with self._turn:
+            self._captured[_kind(example)] = self._new(example)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """model(x), [N, 3, H, W] -> [N, num_classes]; the result is the caller's own."""
         kind = _kind(x)
-        captured = self._captured.get(kind)
-        if captured is None:
+        if kind not in self._captured:
             return self.model(x)
+        with self._turn:
+            if x.is_cuda:
+                self._wait(x.device)
+            return self._replay(kind, x)
+
+    def _wait(self, device: torch.device) -> None:
+        """For the replay before, where it ran on another stream: input and output are one for all."""
+        stream = torch.cuda.current_stream(device)
+        last = self._last.get(device)
+        if last != stream:
+            if last is not None:
+                stream.wait_stream(last)
+            self._last[device] = stream
+
+    def _replay(self, kind: Hashable, x: Tensor) -> Tensor:
+        captured = self._captured[kind]
         captured.input.copy_(x)
         captured.replay()
         if captured.state != _state(self.model):  # looked at while the replay runs

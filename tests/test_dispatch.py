@@ -12,6 +12,7 @@ import torch
 import resnet_fused
 from resnet_fused import BackendUnavailable, explain, ops
 from resnet_fused.dispatch import registry
+from resnet_fused.ops.conv_bn_act import Call
 
 X = torch.randn(2, 3, 64, 64)
 V = torch.ones(3)
@@ -159,3 +160,21 @@ def test_auto_tries_the_next_and_ends_in_eager(monkeypatch):
     assert choice.backend == "triton" and choice.rejected[0][0] == "cuda"
     choice = registry.choose("op", X.device, lambda name: "no kernel", "batch_norm")
     assert choice.backend == "eager" and choice.rejected[1] == ("triton", "no kernel")
+
+
+@pytest.mark.parametrize(
+    "weight, groups, order",
+    [
+        ((64, 3, 7, 7), 1, "conv stem"),
+        ((16, 3, 3, 3), 1, "conv stem"),
+        ((64, 64, 1, 1), 1, "conv 1x1"),
+        ((64, 64, 3, 3), 1, "conv"),
+        ((64, 4, 3, 3), 16, "conv"),
+    ],
+)
+def test_the_stem_has_an_order_of_its_own(weight, groups, order, monkeypatch):
+    x, weight = torch.empty(1, weight[1] * groups, 9, 9), torch.empty(weight)
+    call = Call(x, weight, *[None] * 5, 1e-5, [1, 1], [3, 3], [1, 1], groups, None, True)
+    assert call.order() == order
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    assert registry.candidates(x.device, order)[0] == ("cudnn" if order == "conv" else "triton")

@@ -75,6 +75,22 @@ def test_within_budget_of_float64(backend, case, dtype, layout):
         check(case, dtype=dtype, device="cuda", layout=layout)
 
 
+@pytest.mark.skipif(not VIRTUAL, reason="which precision a GPU's PyTorch chooses is its own")
+def test_tf32_where_it_is_allowed_and_pytorch_does_not_use_it(monkeypatch):
+    monkeypatch.setattr("virtual_gpu.cudnn._operand", lambda t: t)
+    case = next(c for c in CASES if c.id == "conv-3x3-join")
+    (x, weight, *bn), kwargs = make_inputs(case, dtype=torch.float32, device="cuda")
+    call = Call(x, weight, None, *bn, 1e-5, [1, 1], [1, 1], [1, 1], 1, kwargs["residual"], True)
+    config = registry.implementation("triton", call.op).configs(call)[0]
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert compare("triton", call, config) is None
+    check(case, dtype=torch.float32, device="cuda")
+    plan = registry.implementation("triton", call.op).plan(call, config)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    with pytest.raises(AssertionError, match="is off by"):
+        testing.assert_within_budget(case, (plan(call),), (x, weight, *bn), kwargs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, kernel, stride, dilation",
@@ -274,6 +290,39 @@ def test_graphed_replays_what_the_model_computes():
             with torch.no_grad():
                 expected = theirs(images)
             torch.testing.assert_close(graphed(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_graphed_under_autocast_casts_the_weights_of_the_day():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to(DEVICE).eval()
+    x = torch.randn(2, 3, 2, 2, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        graphed = resnet_fused.graphed(model, x)
+    for _ in range(2):  # the cache of the first block is gone
+        with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
+            assert torch.equal(graphed(x), model(x))
+        with torch.no_grad():
+            model[1].weight.mul_(3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_graphed_on_a_second_device_after_the_first():
+    case = next(c for c in CASES if c.id == "conv-3x3-join")
+    for device in ("cuda:0", "cuda:1"):
+        (x, *tensors), kwargs = make_inputs(case, dtype=torch.float16, device=device)
+        model = Convolution(tensors, kwargs).eval()
+        graphed = resnet_fused.graphed(model, x)
+        for images in (x, x + 1):
+            assert torch.equal(graphed(images), model(images))
+
+
+class Convolution(nn.Module):
+    def __init__(self, tensors, kwargs):
+        super().__init__()
+        self.tensors, self.kwargs = tensors, kwargs
+
+    def forward(self, x):
+        with torch.no_grad():
+            return resnet_fused.ops.conv_bn_act(x, *self.tensors, **self.kwargs)
 
 
 def test_an_unchecked_kernel_is_eager_inside_a_capture(monkeypatch, tmp_path):

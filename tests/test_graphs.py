@@ -1,5 +1,9 @@
 """The book-keeping of `graphed`: what is replayed, what is captured anew. Capture itself is a stand-in on the CPU."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -167,6 +171,42 @@ def test_captures_under_inference_mode_serve_outside_it(setup):
     assert_right(model, graphed, X[:1])
     assert_right(model, graphed)
     assert (recorder.captures, recorder.replays) == (3, 4)
+
+
+def test_threads_take_turns(setup):
+    model, graphed, recorder = setup
+    static, replay = graphed._captured[_kind(X)][0], graphed._captured[_kind(X)].replay
+    busy = threading.Barrier(2, timeout=0.2)
+
+    def slowly():
+        copied = static.clone()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            busy.wait()  # for the other thread, which must not come
+        assert torch.equal(static, copied)
+        replay()
+
+    graphed._captured[_kind(X)] = graphed._captured[_kind(X)]._replace(replay=slowly)
+    images = [X, X + 1]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(graphed, images))
+    for x, y in zip(images, found, strict=True):
+        with torch.no_grad():
+            assert torch.equal(y, model(x))
+
+
+def test_a_replay_on_another_stream_waits_for_the_last(setup, monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waited = []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    first, second = Stream(), Stream()
+    for stream, waited in ((first, []), (first, []), (second, [first]), (second, [first]), (first, [second])):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        setup[1]._wait(torch.device("cuda", 0))
+        assert stream.waited == waited
 
 
 def test_the_example_has_to_be_on_a_gpu():

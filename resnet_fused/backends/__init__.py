@@ -4,7 +4,8 @@
 `plan(call, config)` is all that follows from metadata alone, as a function of a call; `kernel_class(call, config)`
 names the compiled kernel with every constant of it, or is None where nothing has to be checked. A fifth, `split(call)`,
 is for backends that need several kernels for some calls. A folder says whether its backend is there (`unavailable`),
-what it lacks (`lacks`), and why it could not be imported (`IMPORT_ERROR`).
+what it lacks (`lacks`), why it could not be imported (`IMPORT_ERROR`), and may say which exceptions mean that a kernel
+does not fit a device (`UNFIT`).
 """
 
 CONVOLUTIONS_ONLY = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .conv import vectors_unsupported
-from .layout import dense_call, filled, is_dense
+from .layout import dense_call, filled, given, is_dense
 
 if TYPE_CHECKING:
     from ..ops.batch_norm_act.calls import StepCall
@@ -24,13 +24,9 @@ def unsupported(call: "StepCall") -> str | None:
 
 
 def kernel_class(call: "StepCall") -> str:
-    """Calls that run the same compiled kernel share a class."""
-    x = call[0]
-    given = "".join(
-        "-" if a is None else str(a.dtype)[6] if isinstance(a, Tensor) else str(a)[0] if isinstance(a, bool) else ""
-        for a in call
-    )
-    return f"{x.dtype}/C{min(x.shape[1], 256)}/{x.shape[1] % 16}/{given}"
+    """Calls that run the same precompiled kernels share a class: by dtypes, alignments, channels and what is given."""
+    C = call[0].shape[1]
+    return f"{call[0].dtype}/C{min(C, 256)}/{C % 16}/{given(call)}"
 
 
 def plan(call: Any, planners: dict[str, Planner]) -> Run:

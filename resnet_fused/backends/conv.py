@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import dense
+from .layout import dense, given
 
 if TYPE_CHECKING:
     from ..ops.conv_bn_act import Call
@@ -48,12 +48,13 @@ def dense_vectors(call: "Call") -> "Call":
 
 
 def classed(call: "Call", config: dict[str, Any] | None) -> str:
-    """The class of kernels that serves a call: its dtypes, geometry, what is given and the tile."""
-    given = "".join("-" if a is None else str(a.dtype)[6] if isinstance(a, Tensor) else "" for a in call)
+    """The class of precompiled kernels that serves a call: dtypes, alignments, geometry, what is given and the tile."""
     tile = "/".join(f"{k.lower()}={v}" for k, v in (config or {}).items())
-    size = "x".join(map(str, call.weight.shape[2:]))
-    kernel = f"{size}/s{call.stride[0]}/g{min(call.groups, 2)}/c{call.weight.shape[1] % 16}"
-    return f"{call.x.dtype}/{kernel}/{given}/{call.relu}/tf32={call.allow_tf32()}/{tile}"
+    K, C, *size = call.weight.shape
+    pairs = (size, call.stride, call.padding, call.dilation)
+    geometry = "/".join("x".join(map(str, pair)) for pair in pairs)
+    channels = f"g{min(call.groups, 2)}/c{C % 16}/k{K % 16}"
+    return f"{call.x.dtype}/{geometry}/{channels}/{given(call)}/tf32={call.allow_tf32()}/{tile}"
 
 
 def conv_then(plan_pass: Callable[..., Pass]) -> Callable[["Call"], Tensor]:

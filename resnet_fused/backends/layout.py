@@ -21,6 +21,17 @@ def dense_call(call: Any) -> Any:
     return call if all(is_dense(a) for a in call) else type(call)(*_dense(call))
 
 
+def given(call: Iterable[Any]) -> str:
+    """A call's tensors by dtype and whether they start at a multiple of 16 bytes, and its switches."""
+
+    def part(a: Any) -> str:
+        if isinstance(a, Tensor):
+            return str(a.dtype).removeprefix("torch.") + ("/misaligned" if a.data_ptr() % 16 else "")
+        return "-" if a is None else str(a) if isinstance(a, bool) else ""
+
+    return ",".join(map(part, call))
+
+
 def filled(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """A launcher's results with tensors of no elements where it gave None: operators return tensors."""
     return tuple(like.new_empty(0) if r is None else r for r in results)

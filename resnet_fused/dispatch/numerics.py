@@ -2,18 +2,25 @@
 
 The oracle is the reference in float64. A result passes when its error, the largest absolute difference, is at most
 twice that of the reference in the same dtype, layout and device, plus one rounding of the output, plus 2^-24 times the
-same formula on absolute values.
+same formula on absolute values. Where float32 convolutions may be computed in TF32, which PyTorch may do or leave, the
+reference's error is the larger of both. NaN has to be where both references have it, and may be where one has.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
+
+
+def largest_number(t: Tensor) -> float:
+    """NaN left aside."""
+    return largest(torch.where(t.isnan(), 0, t))
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -52,28 +59,61 @@ class Limit(NamedTuple):
     budget: float
 
 
-def limit(oracle: Tensor, plain: Tensor, magnitude: Tensor) -> Limit:
-    rounding = torch.finfo(plain.dtype).eps / 2 * largest(oracle)
-    budget = 2 * largest(plain.double() - oracle) + rounding + 2**-24 * largest(magnitude)
-    return Limit(oracle, plain, budget)
+class _InTF32(TorchFunctionMode):
+    """A device's convolutions of float32 multiply in TF32, whatever PyTorch would do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.conv2d and args[0].is_cuda and args[0].dtype == torch.float32:
+            self.used = True
+            args = (_to_tf32(args[0]), _to_tf32(args[1]), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+def _to_tf32(t: Tensor) -> Tensor:
+    """To the nearest with 10 bits behind the point, ties away from zero, as cuDNN rounds."""
+    rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isfinite(), rounded, t)
+
+
+def limit(oracle: Tensor, plain: Tensor, magnitude: Tensor, *others: Tensor) -> Limit:
+    """others: results that are as right as `plain`."""
+    rounding = torch.finfo(plain.dtype).eps / 2 * largest_number(oracle)
+    error = max(largest_number(t.double() - oracle) for t in (plain, *others))
+    return Limit(oracle, plain, 2 * error + rounding + 2**-24 * largest_number(magnitude))
+
+
+def _allowed(reference: Callable[[], Any]) -> tuple[tuple[Tensor, ...], ...]:
+    """The reference's results as PyTorch computes them and, where the settings leave it the choice, in TF32."""
+    plains = as_tuple(reference())
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        with _InTF32() as mode:
+            rounded = as_tuple(reference())
+        if mode.used:
+            return plains, rounded
+    return (plains,)
 
 
 def limits(reference: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Limit]:
     """For every result of reference(*args, **kwargs)."""
     double = map_tensors((args, kwargs), Tensor.double)
     oracles = as_tuple(reference(*double[0], **double[1]))
-    plains = as_tuple(reference(*args, **kwargs))
+    plains, *others = _allowed(lambda: reference(*args, **kwargs))
     absolute_args, absolute_kwargs = absolute(*double)
     magnitudes = as_tuple(reference(*absolute_args, **absolute_kwargs))
-    yield from map(limit, oracles, plains, magnitudes)
+    yield from map(limit, oracles, plains, magnitudes, *others)
 
 
 def call_limits(call: Any) -> Iterator[Limit]:
     """For every result of an operator's call, by its own `reference` and `magnitudes`."""
     double = type(call)(*(_double(a) if isinstance(a, Tensor) else a for a in call))
     oracles, magnitudes = as_tuple(double.reference()), as_tuple(double.magnitudes())
-    for oracle, plain, magnitude in zip(oracles, as_tuple(call.reference()), magnitudes, strict=True):
-        yield limit(oracle, plain, magnitude) if plain.is_floating_point() else Limit(plain, plain, 0.0)
+    plains, *others = _allowed(call.reference)
+    for oracle, plain, *rest in zip(oracles, plains, magnitudes, *others, strict=True):
+        yield limit(oracle, plain, *rest) if plain.is_floating_point() else Limit(plain, plain, 0.0)
 
 
 def _double(t: Tensor) -> Tensor:
@@ -92,28 +132,67 @@ def wrong(results: tuple[Tensor, ...], limits: Iterable[Limit]) -> str | None:
             if flipped > 0.01 * result.numel():
                 return f"result {i} differs in {flipped} of {result.numel()} bytes"
             continue
-        error = largest(result.double() - oracle)
-        if not error <= budget:  # NaN is not
+        due, allowed = oracle.isnan() & plain.isnan(), oracle.isnan() | plain.isnan()
+        for what, places in (("has a NaN", result.isnan() & ~allowed), ("lacks a NaN", due & ~result.isnan())):
+            if places.any():
+                return f"result {i} {what} in {int(places.sum())} places"
+        error = largest_number(result.double() - oracle)
+        if not error <= budget:  # infinity is not
             return f"result {i} is off by {error:.3g}, the budget is {budget:.3g}"
     return None
 
 
+def leave_nan(limits: Iterable[Limit]) -> None:
+    """Free blocks of the results' sizes, full of NaN: what is not written, or read before it is, shows."""
+    blocks = [torch.full_like(plain, float("nan")) for _, plain, _ in limits if plain.is_floating_point()]
+    del blocks
+
+
+IMAGES = 2  # that a check computes on
+_LEAST = 32  # pixels that are left of a side
+
+
+def cropped(size: int, least: int = 0) -> int:
+    """A side of a check's images: no more than needed, and divisible by the powers of two that the given one is."""
+    least = max(_LEAST, -(-least // 16) * 16)
+    return min(size, least + size % 16)
+
+
 class Draw:
-    """Random tensors like given ones, of at most two images; the caller's random state is left alone."""
+    """Random tensors like given ones in layout and alignment; the caller's random state is left alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(0)
 
-    def like(self, t: Tensor, *, positive: bool = False, images: bool = True, scale: float = 1.0) -> Tensor:
-        shape = (min(t.shape[0], 2), *t.shape[1:]) if t.dim() == 4 and images else t.shape
-        values = torch.randn(shape, generator=self.generator, device=t.device) * scale
+    def like(
+        self, t: Tensor, shape: Sequence[int] | None = None, *, positive: bool = False, scale: float = 1.0
+    ) -> Tensor:
+        """shape: another one of as many dimensions; elements that share a place then get places of their own."""
+        strides = t.stride() if shape is None else _like_laid_out(t, shape)
+        shape = t.shape if shape is None else tuple(shape)
+        offset = t.data_ptr() % 16 // t.element_size()
+        span = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        values = torch.randn(span, generator=self.generator, device=t.device) * scale
         values = (values.tanh() / 2 + 1 if positive else values).to(t.dtype)
-        channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-        return values.contiguous(memory_format=torch.channels_last) if channels_last else values
+        return values.as_strided(shape, strides, offset)
 
     def bits(self, shape: tuple[int, ...]) -> Tensor:
         """Random bytes."""
         return torch.randint(256, shape, generator=self.generator, device=self.generator.device, dtype=torch.uint8)
+
+
+def _like_laid_out(t: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor of that shape in t's layout, or t's own where it is not dense."""
+    formats = (torch.channels_last, torch.contiguous_format) if t.dim() == 4 else (torch.contiguous_format,)
+
+    def strides(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
+        return torch.empty(tuple(shape), device="meta", memory_format=memory_format).stride()
+
+    found = [f for f in formats if strides(t.shape, f) == t.stride()]
+    found += [f for f in formats if t.is_contiguous(memory_format=f)]
+    if 0 in t.stride():
+        found += formats
+    return strides(shape, found[0]) if found else t.stride()
 
 
 def dense(t: Tensor) -> Tensor:

@@ -15,9 +15,12 @@ BACKENDS = ("cuda", "triton", "cudnn", "onednn", "eager")  # a folder of `backen
 _NAMES = ", ".join(("auto", *BACKENDS))
 _ROCM = torch.version.hip is not None
 _AUTO_DEVICES = ("cuda",)  # eager everywhere else
-_ORDER = {  # shape class -> backends, best first; not measured on any GPU yet: cuDNN's kernels for all but 1x1
+# Shape class -> backends, best first; not measured on any GPU yet: cuDNN's kernels for all but 1x1 and the stem, whose
+# 3 channels leave cuDNN a single engine.
+_ORDER = {
     "batch_norm": ("cuda", "triton"),
     "conv 1x1": ("triton", "cudnn", "cuda"),
+    "conv stem": ("triton", "cudnn", "cuda"),
     "conv": ("cudnn", "triton", "cuda"),
 }
 PLAIN = "eager"  # PyTorch's own operators: chosen before the dispatcher where no other could serve
@@ -154,6 +157,11 @@ def splits(name: str, call: Any) -> str | None:
     """Why a backend needs several kernels for what is one in its others, or None."""
     split = getattr(implementation(name, call.op), "split", None)
     return split and split(call)
+
+
+def unfit(name: str) -> tuple[type[Exception], ...]:
+    """The exceptions with which a backend says that a kernel does not fit a device."""
+    return getattr(_MODULES[name], "UNFIT", ())
 
 
 def unknown(name: str) -> str | None:

@@ -15,18 +15,48 @@ def serve(call: Any) -> Any:
     key = call.key(), registry.get_backend()
     plan = plans.kept.get(key)
     if plan is None:
-        plan = decide(call)
-        if not trust.capturing(call[0].device):  # a capture puts checks off
+        result, plan, lasting = first(call)
+        if lasting:
             plans.keep(plans.kept, key, plan)
+        if registry.listener is not None:
+            registry.listener(call.name, plan.choice, call)
+        return result
     if registry.listener is not None:
         registry.listener(call.name, plan.choice, call)
     return plan.run(call)
 
 
-def decide(call: Any, first: str | None = None) -> Plan:
+def first(call: Any, preferred: str | None = None) -> tuple[Any, Plan, bool]:
+    """The first call of a kind: its result, what served it, and whether that may be kept.
+
+    Where a backend that nobody forced can't launch, the next one serves.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        plan = decide(call, preferred, failed)
+        name = plan.choice.backend
+        last = name in (registry.PLAIN, registry.get_backend())
+        before = [] if last else [t.clone() for t in call.written()]
+        try:
+            result = plan.run(call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if last:
+                raise
+            for t, value in zip(call.written(), before, strict=True):
+                t.copy_(value)
+            failed[name] = trust.failed(f"{call.name}/{name}", error)
+            continue
+        passing = any(isinstance(reason, trust.Passing) for _, reason in plan.choice.rejected)
+        return result, plan, not passing and not trust.capturing(call[0].device)  # a capture puts checks off
+
+
+def decide(call: Any, first: str | None = None, failed: dict[str, str] | None = None) -> Plan:
     """The first backend that can serve, is right on this device and, where that was timed, is the fastest.
 
     first: a backend to try before all others.
+    failed: backends that are out, and why.
     """
     device, config, times = call[0].device, None, timed(call)
     tuned = _tuned(call)
@@ -35,6 +65,8 @@ def decide(call: Any, first: str | None = None) -> Plan:
 
     def serves(name: str) -> str | None:
         nonlocal config
+        if failed and name in failed:
+            return failed[name]
         if tuned is not None and tuned["backend"] == registry.PLAIN:
             return "eager was the fastest when this shape was tuned"
         if tuned is None and times.get(name, 0.0) > times.get(registry.PLAIN, 0.0):
@@ -96,7 +128,7 @@ def timed(call: Any) -> dict[str, float]:
         return found
     try:
         found = measured(call)
-    except torch.OutOfMemoryError:  # the table of guesses serves
+    except Exception:  # no memory, or a launch that fails at this shape: the table of guesses serves
         return {}
     if found:
         speed.keep_times(device, layer_class, found)
@@ -126,18 +158,28 @@ def trial(name: str, call: Any) -> speed.Launch:
 
 def refused(name: str, call: Any, config: Any) -> str | None:
     """Why the kernel class that would serve the call failed its check on this device, or None."""
-    kernel = registry.implementation(name, call.op).kernel_class(call, config)
+    try:
+        kernel = registry.implementation(name, call.op).kernel_class(call, config)
+    except Exception as error:
+        return trust.failed(f"{call.name}/{name}", error)
     if kernel is None or call[0].numel() == 0:
         return None
-    return trust.refused(f"{call.name}/{name}/{kernel}", call[0].device, lambda: compare(name, call, config))
+    return trust.refused(
+        *(f"{call.name}/{name}/{kernel}", call[0].device, lambda: compare(name, call, config)), registry.unfit(name)
+    )
 
 
 def compare(name: str, call: Any, config: Any) -> str | None:
     """What is wrong with a backend's numbers on random inputs like these, or None."""
-    call = call.drawn()
-    limits = list(numerics.call_limits(call))
-    results = registry.implementation(name, call.op).plan(call, config)(call)
-    return numerics.wrong((*numerics.as_tuple(results), *call.written()), limits)
+    implementation = registry.implementation(name, call.op)
+    drawn = call.drawn()
+    if implementation.kernel_class(drawn, config) != implementation.kernel_class(call, config):
+        drawn = call.drawn(whole=True)  # what is compiled depends on sizes that were cropped
+    limits = list(numerics.call_limits(drawn))
+    run = implementation.plan(drawn, config)
+    numerics.leave_nan(limits)
+    results = run(drawn)
+    return numerics.wrong((*numerics.as_tuple(results), *drawn.written()), limits)
 
 
 def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:

@@ -12,12 +12,21 @@ _stores: dict[torch.device, Store] = {}  # verdicts: "" where the kernels passed
 _warned: set[str] = set()
 
 
-def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -> str | None:
+class Passing(str):
+    """A reason that may be gone at the next call: what was decided for it is not kept."""
+
+
+def refused(
+    key: str, device: torch.device, compare: Callable[[], str | None], unfit: tuple[type[Exception], ...] = ()
+) -> str | None:
     """Why the kernels of this class must not serve, or None where they gave eager's numbers on this device.
 
+    What is kept on disk: that they did, that their numbers were wrong, and that they don't fit the device.
+
     Args:
-        key: names op, backend, dtype and every switch that gives another compiled kernel.
+        key: names op, backend and all that makes another compiled kernel.
         compare: runs the kernel and eager on inputs of its own; what is wrong with the kernel's numbers, or None.
+        unfit: the exceptions that say that a kernel does not fit the device.
     """
     store = _stores.get(device)
     if store is None:
@@ -26,13 +35,38 @@ def refused(key: str, device: torch.device, compare: Callable[[], str | None]) -
         if capturing(device):
             reason = f"{key} was not checked before a CUDA graph was captured; run the model once before capture"
             _warn_once(f"resnet_fused: {reason}. This capture holds eager's kernels instead.")
+            return Passing(reason)
+        try:
+            with torch.no_grad():
+                verdict = compare() or ""
+        except torch.OutOfMemoryError:
+            reason = "there was no memory left to check it"
+            _warn_once(f"resnet_fused: {key} does not serve yet: {reason}.", reason)
+            return Passing(reason)
+        except unfit as error:
+            verdict = f"it raised {described(error)}"
+        except Exception as error:  # no compiler, no space on disk, a lost device: nothing about the kernel
+            reason = f"its check raised {described(error)}"
+            _warn_once(f"resnet_fused: {key} does not serve in this process: {reason}.", reason)
             return reason
-        store[key] = _verdict(compare)
+        store[key] = verdict
     wrong = store.entries[key]
     if not wrong:
         return None
     _warn_once(f"resnet_fused: {key} is disabled on this device: {wrong}. Eager serves instead.")
     return f"{key} is disabled on this device: {wrong}"
+
+
+def failed(name: str, error: Exception) -> str:
+    """The reason of a backend whose first launch for a kind of calls failed, told once."""
+    reason = f"its launch raised {described(error)}"
+    _warn_once(f"resnet_fused: {name} does not serve calls like this one: {reason}. The next backend does.")
+    return reason
+
+
+def described(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def forget() -> None:
@@ -51,17 +85,9 @@ def _on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _verdict(compare: Callable[[], str | None]) -> str:
-    try:
-        with torch.no_grad():
-            return compare() or ""
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # nothing about the kernel; a lost device is not kept
-        raise
-    except Exception as error:  # a kernel that does not compile or launch here is as unfit as a wrong one
-        return f"it raised {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+def _warn_once(message: str, about: str | None = None) -> None:
+    """about: what was told before, in this message or another."""
+    about = message if about is None else about
+    if about not in _warned:
+        _warned.add(about)
         warnings.warn(message, stacklevel=2)

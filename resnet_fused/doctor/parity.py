@@ -58,7 +58,7 @@ def _share(results: tuple[Tensor, ...], limits: list[numerics.Limit]) -> float:
     shares = [0.0]
     for result, (oracle, plain, budget) in zip(results, limits, strict=True):
         if result is not None and plain.is_floating_point() and oracle.numel() and result.shape == oracle.shape:
-            error = numerics.largest(result.double() - oracle)
+            error = numerics.largest_number(result.double() - oracle)
             shares.append(error / budget if budget else (float("inf") if error else 0.0))
     return float("nan") if any(s != s for s in shares) else max(shares)
 

@@ -24,9 +24,11 @@ def power_of_two(rows: int) -> int:
 
 
 def metadata(call: Iterable[Any]) -> Hashable:
-    """All of the fields but the tensors' values and addresses."""
+    """All of the fields but the tensors' values and addresses, of which the alignment to 16 bytes counts."""
     return tuple(
-        (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (tuple(a) if isinstance(a, list) else a)
+        (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
+        if isinstance(a, Tensor)
+        else (tuple(a) if isinstance(a, list) else a)
         for a in call
     )
 

@@ -15,6 +15,11 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
         return "this PyTorch was built without cuDNN; install a CUDA build from PyPI"
     if not torch.backends.cudnn.enabled:
         return "torch.backends.cudnn.enabled is False"
+    if torch.backends.cudnn.deterministic or torch.get_deterministic_debug_mode() == 2:
+        return (
+            "cuDNN's fused convolutions pay no heed to torch.backends.cudnn.deterministic and "
+            "torch.use_deterministic_algorithms(True), of which one is set"
+        )
     reason = triton.unavailable(device_type, index)
     return reason and f"BN is folded by a Triton kernel, and {reason}"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..conv import classed, dense_vectors, dtypes_unsupported, with_dense_vectors
 from ..layout import dense
 from ..triton.fold import plan_fold
+from ..triton.launch import compiled_class
 
 if TYPE_CHECKING:
     from ...ops.conv_bn_act import Call
@@ -34,13 +35,14 @@ def configs(call: "Call") -> list[None]:
 
 
 def kernel_class(call: "Call", config: None) -> str:
-    return classed(call, None)
+    """That of the kernel that folds, and the geometry and channels by which cuDNN chooses among its own."""
+    folds = compiled_class(lambda c: _fold(call)(c.weight, c.bias, *c.bn, c.eps), dense_vectors(call))
+    return f"{classed(call, None)}/{call.weight.shape[0]}x{call.weight.shape[1]}/{folds}"
 
 
 def plan(call: "Call", config: None) -> Callable[["Call"], Tensor]:
     """x [N, C, H, W] of any layout -> y [N, K, P, Q] in channels_last."""
-    dense_call = dense_vectors(call)
-    fold = plan_fold(dense_call.weight, dense_call.bias, *dense_call.bn, call.eps)
+    fold = _fold(call)
 
     def run(call: "Call") -> Tensor:
         x = dense(call.x)
@@ -54,3 +56,8 @@ def plan(call: "Call", config: None) -> Callable[["Call"], Tensor]:
         return torch.cudnn_convolution_add_relu(x, weight, dense(call.residual), 1.0, shift, *conv_args)
 
     return with_dense_vectors(call, run)
+
+
+def _fold(call: "Call") -> Callable[..., tuple[Tensor, Tensor]]:
+    call = dense_vectors(call)
+    return plan_fold(call.weight, call.bias, *call.bn, call.eps)

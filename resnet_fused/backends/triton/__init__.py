@@ -5,8 +5,10 @@ import torch
 try:
     import triton
     from triton import knobs
+    from triton.runtime.errors import OutOfResources
 
     IMPORT_ERROR = None
+    UNFIT = (OutOfResources,)
 except ImportError as error:  # no Triton on this platform
     triton = None
     IMPORT_ERROR = str(error)

@@ -11,6 +11,7 @@ from .batch_norm_train import (
     plan_batch_statistics,
     plan_statistics,
 )
+from .launch import compiled_class
 
 if TYPE_CHECKING:
     from ...ops.batch_norm_act.calls import StepCall
@@ -31,7 +32,7 @@ def configs(call: "StepCall") -> list[None]:
 
 
 def kernel_class(call: "StepCall", config: None) -> str:
-    return batch_norm.kernel_class(call)
+    return compiled_class(plan(call, config), call)
 
 
 def plan(call: "StepCall", config: None) -> batch_norm.Run:

@@ -11,7 +11,7 @@ from .common import normalize, round_to
 from .launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def apply_kernel(
     x,  # [M, C], M = N * H * W
     weight,  # [C] or None, as the next three

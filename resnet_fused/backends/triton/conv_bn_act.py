@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..conv import classed, conv_then, dense_vectors, dtypes_unsupported, with_dense_vectors
+from ..conv import conv_then, dense_vectors, dtypes_unsupported, with_dense_vectors
 from .batch_norm_apply import plan_apply
 from .conv import Config, candidates, plan_conv_bn_act, problem_on, supported
+from .launch import compiled_class
 
 if TYPE_CHECKING:
     from ...ops.conv_bn_act import Call
@@ -31,7 +32,7 @@ def configs(call: "Call") -> list[Config] | list[None]:
 
 
 def kernel_class(call: "Call", config: Config | None) -> str:
-    return classed(call, config)
+    return compiled_class(plan(call, config), call)
 
 
 def plan(call: "Call", config: Config | None) -> Callable[["Call"], Tensor]:

@@ -68,11 +68,13 @@ class Step(tuple[Any, ...]):
     def magnitudes(self) -> tuple[Tensor, ...]:
         return self.absolute().reference()
 
-    def drawn(self) -> Self:
-        """Random arguments like these, of at most two images."""
+    def drawn(self, whole: bool = False) -> Self:
+        """Random arguments like these, on a crop of two images unless the whole is asked for."""
         draw = numerics.Draw(self[0].device)
         N, C, H, W = self[0].shape
-        pixels = min(N, 2) * H * W
+        if not whole:
+            N, H, W = numerics.IMAGES, numerics.cropped(H), numerics.cropped(W)
+        pixels = N * H * W
 
         def like(name: str, t: Tensor) -> Tensor:
             if t.dtype == torch.uint8:
@@ -80,8 +82,8 @@ class Step(tuple[Any, ...]):
             if t.dim() == 0 or name == "count":
                 return torch.full_like(t, pixels)
             if t.dim() == 1:  # variances have to be positive, the others may be; a sum is of the images' size
-                return draw.like(t, positive=True) * (pixels if name.startswith("sum") else 1)
-            return draw.like(t)
+                return draw.like(t, positive=True).mul_(pixels if name.startswith("sum") else 1)
+            return draw.like(t, None if whole else (N, C, H, W))
 
         return self._of(like(n, a) if isinstance(a, Tensor) else a for n, a in named(self).items())
 
@@ -234,8 +236,8 @@ class Backward(Step):
 
     __slots__ = ()
 
-    def drawn(self) -> Self:
-        return super().drawn().settled()
+    def drawn(self, whole: bool = False) -> Self:
+        return super().drawn(whole).settled()
 
     def settled(self) -> Self:
         """dy is 0 where the sign under the ReLU is in doubt."""
@@ -243,7 +245,9 @@ class Backward(Step):
         if not relu or relu_mask is not None:
             return self
         pre_activation = formulas.pre_activation(*self[1:12])
-        return self._of((torch.where(pre_activation.abs() < 0.05, 0, dy), *self[1:]))
+        doubtful = pre_activation.abs() < 0.05
+        overlaps = 0 in dy.stride()  # one value for many elements: they get places of their own
+        return self._of((dy.masked_fill(doubtful, 0) if overlaps else dy.masked_fill_(doubtful, 0), *self[1:]))
 
     def absolute(self) -> Self:
         """Where the ReLU's gradient passes is decided by the values themselves."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...dispatch import plans, registry, speed, trust
+from ...dispatch import plans, registry, speed
 from .._short import plain, unwatched
 from . import calls, formulas
 from .training import BackwardCall, TrainingCall
@@ -30,10 +30,18 @@ def keyed(call: TrainingCall) -> tuple:
     images = [call.x.is_neg(), call.residual is not None and call.residual.is_neg()]
     return (
         *(*images, call.pre_add is not None and call.pre_add.is_neg()),
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__) for t in call[:5]],
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__) for t in call[7:12]],
+        *[
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__, t.data_ptr() & 15)
+            for t in call[:5]
+        ],
+        *[
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__, t.data_ptr() & 15)
+            for t in call[7:12]
+        ],
         *(call.eps, call.two_bn, call.relu, registry._forced),
-        None if (t := call.pre_add) is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__),
+        None
+        if (t := call.pre_add) is None
+        else (t.shape, t.stride(), t.dtype, t.device, t.__class__, t.data_ptr() & 15),
     )
 
 
@@ -138,13 +146,13 @@ def _gradients(route: Route | None, call: BackwardCall) -> tuple[Tensor, ...]:
         return dispatch.serve(call)
     dy, dtotal = call.dy, call.dtotal
     kind = (
-        *(dy.stride(), dy.dtype, call.need_dx, call.need_dresidual, registry._forced),
-        None if dtotal is None else (dtotal.stride(), dtotal.dtype),
+        *(dy.stride(), dy.dtype, dy.data_ptr() & 15, call.need_dx, call.need_dresidual, registry._forced),
+        None if dtotal is None else (dtotal.stride(), dtotal.dtype, dtotal.data_ptr() & 15),
     )
     plan = route.backward.get(kind)
     if plan is not None:
         return plan.run(call)
-    plan = dispatch.decide(call, route.plan.choice.backend)
-    if not trust.capturing(dy.device):
+    results, plan, lasting = dispatch.first(call, route.plan.choice.backend)
+    if lasting:
         route.backward[kind] = plan
-    return plan.run(call)
+    return results

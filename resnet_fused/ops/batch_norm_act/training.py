@@ -169,8 +169,8 @@ class BackwardCall(_Backward, Step):
         rhat = sums[2] if self.residual_mean is not None else None
         return DxCall(*self[:14], sums[0], sums[1], rhat, None, *self[14:])
 
-    def drawn(self) -> Self:
-        call = super().drawn()
+    def drawn(self, whole: bool = False) -> Self:
+        call = super().drawn(whole)
         return call._replace(dy=SumsCall(*call[:14]).settled().dy)
 
     def reference(self) -> tuple[Tensor, ...]:

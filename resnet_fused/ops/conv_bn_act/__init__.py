@@ -25,6 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _get_cudnn_deterministic,
+    _get_cudnn_enabled,
+    _get_deterministic_algorithms,
+    _get_deterministic_algorithms_warn_only,
+)
 
 from ... import dispatch
 from ...dispatch import plans, registry
@@ -132,7 +138,10 @@ def conv_bn_act(
         key = (
             *(x.shape, x.stride(), x.dtype, x.device, x.__class__, x.data_ptr() & 15),
             *(weight.shape, weight.stride(), weight.dtype, weight.device, weight.__class__, weight.data_ptr() & 15),
-            *(None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__) for v in vectors),
+            *(
+                None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__, v.data_ptr() & 15)
+                for v in vectors
+            ),
             None
             if residual is None
             else (
@@ -145,7 +154,8 @@ def conv_bn_act(
             ),
             *(eps, stride, padding, dilation, groups, act, registry._forced),
             torch._C._get_fp32_precision_getter("cuda", "conv") if x.dtype is torch.float32 else None,
-            torch._C._get_cudnn_enabled(),
+            *(_get_cudnn_enabled(), _get_cudnn_deterministic()),
+            _get_deterministic_algorithms() and not _get_deterministic_algorithms_warn_only(),
         )
         plan = plans.short.get(key)
         if plan is not None:

@@ -88,15 +88,24 @@ class Call(_Fields):
         args, kwargs = numerics.absolute(*self.arguments())
         return reference(*args, **kwargs)
 
-    def drawn(self) -> "Call":
-        """A random call like this one, of at most two images."""
-        draw = numerics.Draw(self.x.device)
+    def drawn(self, whole: bool = False) -> "Call":
+        """A random call like this one, on a crop of two images unless the whole is asked for; one has a NaN."""
+        draw, shapes = numerics.Draw(self.x.device), {}
+        if not whole:
+            extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True))
+            sides = map(numerics.cropped, self.x.shape[2:], extents)
+            shapes["x"] = torch.Size((numerics.IMAGES, self.x.shape[1], *sides))
+            geometry = self.stride, self.padding, self.dilation
+            shapes["residual"] = torch.Size(out_shape(torch.empty(shapes["x"], device="meta"), self.weight, *geometry))
 
         def like(name: str, t: Tensor) -> Tensor:
             scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
-            return draw.like(t, positive=name == "running_var", images=name != "weight", scale=scale)
+            return draw.like(t, shapes.get(name), positive=name == "running_var", scale=scale)
 
-        return Call._make(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
+        call = Call._make(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
+        if call.x.shape[0] > 1 and 0 not in call.x.stride():
+            call.x[-1, -1, -1, -1] = float("nan")
+        return call
 
     def written(self) -> tuple[Tensor, ...]:
         return ()
@@ -115,12 +124,15 @@ class Call(_Fields):
 
     def key(self) -> Hashable:
         """All that a plan depends on."""
-        precision = self.allow_tf32(), torch.backends.cudnn.enabled
-        return metadata(self), self.misaligned(), precision
+        settings = torch.backends.cudnn
+        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode() == 2
+        return metadata(self), self.allow_tf32(), flags
 
     def order(self) -> str:
         """What the registry orders backends by."""
-        return "conv 1x1" if self.weight.shape[2] == self.weight.shape[3] == 1 else "conv"
+        if self.weight.shape[2] == self.weight.shape[3] == 1:
+            return "conv 1x1"
+        return "conv stem" if self.weight.shape[1] <= 4 and self.groups == 1 else "conv"
 
     def problem(self) -> str:
         """One layer's problem, for `tune`: everything that the fastest choice depends on."""

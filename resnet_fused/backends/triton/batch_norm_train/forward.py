@@ -184,7 +184,7 @@ def _plan_gather(x: Tensor) -> Callable[..., Tensor | None]:
     grid, splits, config = tiling(M, C, programs=8)
     gather = Launch(statistics_kernel, grid, {"M": M, "C": C, **config})
     rows = config["tiles"] * config["BLOCK_M"]
-    grid, config = merge_tiling(splits, C)
+    grid, config = merge_tiling(C, programs=8)
     merge = Launch(merge_kernel, grid, {"M": M, "C": C, "splits": splits, "rows": rows, **config})
 
     def run(x, pre_add, mean, m2, var, running_mean, running_var, momentum):

@@ -32,9 +32,10 @@ def plan_backward_sums(
     M = N * H * W
     two = residual_mean is not None
     reads_residual = two or relu_mask is None
-    grid, splits, config = tiling(M, C, programs=4 if two else 7) if M else ((0,), 0, {})
+    programs = 4 if two else 7
+    grid, splits, config = tiling(M, C, programs) if M else ((0,), 0, {})
     gather = Launch(sums_kernel, grid, {"M": M, "C": C, "eps": eps, "RELU": relu, **config})
-    grid, config = merge_tiling(splits, C)
+    grid, config = merge_tiling(C, programs)
     merge = Launch(merge_kernel, grid, {"C": C, "splits": splits, **config})
 
     def run(dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu):

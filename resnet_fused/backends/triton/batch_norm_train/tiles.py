@@ -19,18 +19,29 @@ def tiling(M: int, C: int, programs: int, max_tiles: int | None = None) -> tuple
     `programs` a multiprocessor, or more where that is over `max_tiles`. By the shape alone: a sum has the same bits on
     every GPU.
     """
-    block_c = min(_TILE // 16, max(8, triton.next_power_of_2(C)))
+    block_c = _block_c(C)
     block_m = _TILE // block_c
     row_tiles, blocks = triton.cdiv(M, block_m), triton.cdiv(C, block_c)
-    tiles = triton.cdiv(row_tiles, max(1, _MULTIPROCESSORS * programs // blocks))
+    tiles = triton.cdiv(row_tiles, _most_splits(C, programs))
     tiles = tiles if max_tiles is None else min(tiles, max_tiles)
     splits = triton.cdiv(row_tiles, tiles)
     return (blocks * splits,), splits, {"tiles": tiles, "BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": 4}
 
 
-def merge_tiling(splits: int, C: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and configuration of a kernel that merges [splits, C]: all splits at once, 32 bytes of a row or more."""
-    rows = max(32, triton.next_power_of_2(splits))
+def _block_c(C: int) -> int:
+    return min(_TILE // 16, max(8, triton.next_power_of_2(C)))
+
+
+def _most_splits(C: int, programs: int) -> int:
+    return max(1, _MULTIPROCESSORS * programs // triton.cdiv(C, _block_c(C)))
+
+
+def merge_tiling(C: int, programs: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and configuration of a kernel that merges the splits of `tiling`, for however many rows.
+
+    All splits at once, 32 bytes of a row or more.
+    """
+    rows = max(32, triton.next_power_of_2(_most_splits(C, programs)))
     block_c = max(8, min(_TILE // 16, 2 * _TILE // rows))
     num_warps = max(1, min(4, rows * block_c // 2048))  # 64 elements a thread: more warps spill in Triton 3.6
     return (triton.cdiv(C, block_c),), {"SPLITS": rows, "BLOCK_C": block_c, "num_warps": num_warps}

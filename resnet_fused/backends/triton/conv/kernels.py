@@ -92,7 +92,7 @@ def _finish(
         tl.store(y + base + offset, round_to(acc, y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
 def conv_kernel(
     x,  # [N, H, W, GROUPS * C]
     weight,  # [GROUPS * K, R, S, C]
@@ -179,7 +179,7 @@ def conv_kernel(
     _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, GROUPS * K, RELU, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def pointwise_kernel(
     x,  # descriptor of [M, C]
     weight,  # descriptor of [K, C]
@@ -213,7 +213,7 @@ def pointwise_kernel(
     _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
 def stem_kernel(
     x,  # [N, H, W, C] of any strides
     weight,  # [K, R, S, C]
