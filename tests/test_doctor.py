@@ -82,6 +82,34 @@ def test_a_cold_start_is_two_processes():
     assert found.keys() == {"cold_s", "cold_setup_s", "warm_s", "warm_setup_s"} and all(v > 0 for v in found.values())
 
 
+def test_a_refused_kernels_check_runs_again_from_its_file(small, monkeypatch, tmp_path, capsys):
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    bn = [torch.rand(8) + 0.5 for _ in range(4)]
+    limit = numerics.limit
+    with monkeypatch.context() as planted, resnet_fused.backend("triton"):
+        planted.setattr(numerics, "limit", lambda *args: limit(*args)._replace(budget=1e-12))
+        with (
+            pytest.raises(resnet_fused.BackendUnavailable, match="--replay"),
+            pytest.warns(UserWarning, match="off by"),
+        ):
+            resnet_fused.ops.conv_bn_act(x, weight, *bn, padding=1)
+        (path,) = tmp_path.glob("refused-*.json")
+        assert path.stat().st_size < 5000
+        assert cli.main(["doctor", "--device", "cpu", "--replay", str(path)]) == 1
+        assert "now   result 0 is off by" in capsys.readouterr().out
+    assert cli.main(["doctor", "--device", "cpu", "--replay", str(path)]) == 0
+    assert "then  result 0 is off by" in (out := capsys.readouterr().out) and out.endswith("now   right\n")
+    for content in (
+        "",
+        "[]",
+        path.read_text().replace("conv_bn_act", "conv"),
+        path.read_text().replace("float32", "x"),
+    ):
+        path.write_text(content)
+        assert cli.main(["doctor", "--device", "cpu", "--replay", str(path)]) == 2
+        assert "is no refused kernel's file" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_runs_to_its_verdict(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runs, "cold_start", lambda device, size: {"cold_s": 1.0})  # of real processes

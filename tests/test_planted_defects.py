@@ -33,8 +33,8 @@ DEFECTS = [
     Defect(
         "a name that torch does not have",
         "dispatch/store.py",
-        "driver = _driver_version()",
-        "driver = torch._C._cuda_getDriverVersion()",
+        "driver, cudnn = _driver_version(),",
+        "driver, cudnn = torch._C._cuda_getDriverVersion(),",
         "within_budget and auto-bn-relu-torch.float16-channels_last",
     ),
     Defect(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import numerics, plans, registry, speed, trust
+from . import numerics, plans, registry, replay, speed, trust
 from .plans import Plan
 
 
@@ -165,8 +165,14 @@ def refused(name: str, call: Any, config: Any) -> str | None:
     if kernel is None or call[0].numel() == 0:
         return None
     return trust.refused(
-        *(f"{call.name}/{name}/{kernel}", call[0].device, lambda: compare(name, call, config)), registry.unfit(name)
+        *(f"{call.name}/{name}/{kernel}", call[0].device, lambda: _checked(name, call, config)), registry.unfit(name)
     )
+
+
+def _checked(name: str, call: Any, config: Any) -> str | None:
+    wrong = compare(name, call, config)
+    path = replay.keep(name, call, config, wrong) if wrong else None
+    return wrong if path is None else f"{wrong} (resnet-fused doctor --replay {path})"
 
 
 def compare(name: str, call: Any, config: Any) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from .. import explain, info, models
 from ..bench import host
 from ..dispatch import registry
-from . import layers, parity, runs
+from . import layers, parity, replay, runs
 
 SIZE, BATCH, BATCHES = 224, 32, (1, 32, 256)  # images; of the layers, and end to end
 _WITHOUT_GPU = (
@@ -25,10 +25,13 @@ _WITHOUT_GPU = (
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    command.add_argument("--replay", type=Path, metavar="FILE", help="run a refused kernel's check again, nothing else")
 
 
 def main(args: argparse.Namespace, device: torch.device) -> int:
-    """0 where every check passed, else 1."""
+    """0 where every check passed, else 1; with --replay, where that one did."""
+    if args.replay is not None:
+        return replay.run(args.replay, device)
     found: dict[str, Any] = {"environment": info.collect()}
     print(info.text(found["environment"]), end="\n\n")
     on_gpu = device.type == "cuda"

@@ -1,0 +1,41 @@
+"""A refused kernel's check, run again from its file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dispatch import compare, registry, replay
+from ..ops.batch_norm_act import calls, training
+from ..ops.conv_bn_act import Call
+
+_STEPS: tuple[Any, ...] = (
+    *(calls.StatisticsCall, calls.ApplyCall, calls.SumsCall, calls.DxCall),
+    *(training.TrainingCall, training.BackwardCall),
+)
+_RECORDS: dict[str, Callable[..., Any]] = {Call.name: Call} | {f"{step.op}_{step.step}": step for step in _STEPS}
+
+
+def run(path: Path, device: torch.device) -> int:
+    """0 where the kernel's numbers are right now, else 1; what was and what is wrong is printed.
+
+    Raises:
+        ValueError: the file is none of a refused kernel, or its backend is not there on the device.
+        OSError: it can't be read.
+    """
+    try:
+        kept = json.loads(path.read_text())
+        record, backend, config = _RECORDS[kept["operator"]], kept["backend"], kept["config"]
+        fields = replay.fields(kept["fields"], device)
+        was = f"{kept['wrong']} ({kept['environment']['device']})"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no refused kernel's file ({type(error).__name__}: {error})") from error
+    lacks = registry.unavailable(backend, device)
+    if lacks is not None:
+        raise ValueError(f"backend {backend!r} can't run here: {lacks}")
+    with torch.no_grad():
+        wrong = compare(backend, record(*fields), config)
+    print(f"{kept['operator']} on {backend}\n  then  {was}\n  now   {wrong or 'right'}")
+    return 1 if wrong else 0
