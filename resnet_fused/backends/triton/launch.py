@@ -118,8 +118,8 @@ class Launch:
         self, tensors: tuple[Tensor | TensorDescriptor | None, ...], numbers: tuple[float, ...]
     ) -> None:
         pointers = [t.base if isinstance(t, TensorDescriptor) else t for t in tensors if t is not None]
-        if pointers[0].is_meta:
-            _written_down.forms.append(_form(self._kernel, (*tensors, *numbers), self._names))
+        if (forms := getattr(_written_down, "forms", None)) is not None:
+            forms.append(_form(self._kernel, (*tensors, *numbers), self._names))
             return
         with torch.cuda.device_of(pointers[0]):
             compiled = self._kernel[self._grid](*tensors, *numbers, **self._names)
