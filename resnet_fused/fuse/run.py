@@ -1,0 +1,84 @@
+"""A chain as one call: fused, or module by module where that would not be the same."""
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import registry
+from ..layers import INPUT, Step, block, norms
+from ..layers.steps import unfusable
+from ..ops.conv_bn_act import out_shape
+
+RELU = nn.ReLU()  # for those that are called as a function
+
+
+def chain(
+    conv: nn.Module | None,
+    bn: nn.Module,
+    act: nn.Module | bool | None,
+    x: Tensor,
+    residual: Tensor | None,
+    conv2: nn.Module | None,
+    bn2: nn.Module | None,
+    in_place: bool,
+) -> Tensor:
+    """act(bn(conv(x)) + bn2(conv2(residual))), as far as they are there: fused, or module by module.
+
+    in_place: the add writes to the main branch, whose dtype and shape it keeps.
+    """
+    addend = None if residual is None else INPUT if bn2 is None else Step(conv2, bn2)
+    step = Step(conv, bn, RELU if act is True else act, addend)
+    reason = unfusable(step) or _unlike(step, x, residual)
+    if reason is None:
+        y = block.run_step(x, step, residual)
+        keeps = registry.fuses(x.device) and not _channels_last(x, conv)
+        return y.contiguous() if keeps else y
+    if block.explainer is not None:
+        block.explainer.begin(step, reason)
+    y = bn(x if conv is None else conv(x))
+    if residual is not None:
+        r = residual if bn2 is None else bn2(residual if conv2 is None else conv2(residual))
+        y = y.add_(r) if in_place else y + r
+    y = y if step.act is None else step.act(y)
+    if block.explainer is not None:
+        block.explainer.end()
+    return y
+
+
+def _unlike(step: Step, x: Tensor, residual: Tensor | None) -> str | None:
+    """Why these tensors are not what the fused operators take or return, where PyTorch's would; None if they are."""
+    conv, bn, _, addend = step
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return "the input has not four dimensions"
+    dtype, shape = _after(conv, x)
+    if norms.frozen(bn) and bn.weight.dtype != dtype:
+        return f"{type(bn).__name__} in {bn.weight.dtype} makes {bn.weight.dtype} of {dtype}"
+    if residual is not None:
+        inner = addend if isinstance(addend, Step) else None
+        if inner is not None and (reason := unfusable(inner) or _unlike(inner, residual, None)):
+            return f"the shortcut: {reason}"
+        other = (residual.dtype, residual.shape) if inner is None else _after(inner.conv, residual)
+        if other != (dtype, shape):
+            return f"the addend is {other[0]} {tuple(other[1])}, what it is added to {dtype} {tuple(shape)}"
+    if registry.fuses(x.device) and registry.get_backend() == "auto" and not _channels_last(x, conv):
+        return "x lies in NCHW and the kernels run channels_last: model.to(memory_format=torch.channels_last)"
+    return None
+
+
+def _after(conv: nn.Module | None, x: Tensor) -> tuple[torch.dtype, torch.Size]:
+    """dtype and shape of the convolution's output."""
+    if conv is None:
+        return x.dtype, x.shape
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype not in (torch.float64,):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return dtype, torch.Size(out_shape(x, conv.weight, conv.stride, conv.padding, conv.dilation))
+
+
+def _channels_last(x: Tensor, conv: nn.Module | None) -> bool:
+    """Whether PyTorch's own operators would return channels_last."""
+    last = torch.channels_last
+    return x.is_contiguous(memory_format=last) or conv is not None and _strided_last(conv.weight)
+
+
+def _strided_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
