@@ -132,7 +132,9 @@ def results(model: nn.Module, name: str, train: tuple[Any, ...], eval_: tuple[An
     """Outputs, gradients and buffers of a train step, then outputs in eval mode."""
     found: dict[str, Tensor] = {}
     torch.manual_seed(2)
-    outputs = tensors(model.train()(*train))
+    returned = model.train()(*train)
+    outputs = tensors(returned)
+    found["the type of what is returned"] = kinds(returned)
     found |= {f"train output {i}": t.detach() for i, t in enumerate(outputs)}
     generator = torch.Generator().manual_seed(3)
     torch.stack([(t * torch.randn(t.shape, generator=generator)).sum() for t in outputs]).sum().backward()
@@ -141,6 +143,12 @@ def results(model: nn.Module, name: str, train: tuple[Any, ...], eval_: tuple[An
     with torch.no_grad():
         found |= {f"eval output {i}": t for i, t in enumerate(tensors(model.eval()(*eval_)))}
     return found
+
+
+def kinds(outputs: Any) -> Tensor:
+    """The containers around the outputs, as characters."""
+    names = [type(outputs).__name__, *(outputs if isinstance(outputs, dict) else ())]
+    return torch.tensor(list(" ".join(map(str, names)).encode()))
 
 
 def tensors(outputs: Any) -> list[Tensor]:

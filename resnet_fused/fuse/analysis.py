@@ -41,7 +41,9 @@ class Analysis:
 
     def of(self, module: nn.Module) -> Found:
         if module not in self.found:
-            self.found[module] = Found()  # a cycle finds nothing
+            self.found[module] = Found(reason=refused(module))  # until it is known: a cycle finds nothing
+            if is_own(module):
+                return self.found[module]
             for child in module.children():
                 if any(map(is_bn, child.modules())) and not is_bn(child):
                     self.of(child)
@@ -256,9 +258,13 @@ def plans_of(module: nn.Module) -> list[Plan]:
             module.__dict__["forward"] = own
 
 
+def is_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("resnet_fused.")
+
+
 def refused(module: nn.Module) -> str | None:
     """Why nothing may be set on this module, or None."""
-    if type(module).__module__.startswith("resnet_fused."):
+    if is_own(module):
         return "is resnet_fused's own, and fuses its steps itself"
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted"

@@ -31,6 +31,10 @@ class FusedForward(Set):
     def __wrapped__(self) -> Callable[..., Any]:
         return type(self.module).forward.__get__(self.module)
 
+    @property
+    def __code__(self) -> Any:  # torch.export looks there for the arguments' names
+        return self.__wrapped__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         if not (torch.compiler.is_compiling() or kwargs) and args and _active(args[0]):

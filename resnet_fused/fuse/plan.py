@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..layers.calls import called_plainly
-from .trace import Read, children_of
+from .reads import Read, children_of
 
 
 class Set:

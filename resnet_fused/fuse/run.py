@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..dispatch import registry
 from ..layers import INPUT, Step, block, norms
 from ..layers.steps import unfusable
+from ..ops._short import PLAIN
 from ..ops.conv_bn_act import out_shape
 
 RELU = nn.ReLU()  # for those that are called as a function
@@ -47,8 +48,8 @@ def chain(
 def _unlike(step: Step, x: Tensor, residual: Tensor | None) -> str | None:
     """Why these tensors are not what the fused operators take or return, where PyTorch's would; None if they are."""
     conv, bn, _, addend = step
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return "the input has not four dimensions"
+    if type(x) not in PLAIN or x.dim() != 4:
+        return f"the input is a {type(x).__name__} of {x.dim()} dimensions, not a Tensor of 4"
     dtype, shape = _after(conv, x)
     if norms.frozen(bn) and bn.weight.dtype != dtype:
         return f"{type(bn).__name__} in {bn.weight.dtype} makes {bn.weight.dtype} of {dtype}"
@@ -68,9 +69,9 @@ def _after(conv: nn.Module | None, x: Tensor) -> tuple[torch.dtype, torch.Size]:
     """dtype and shape of the convolution's output."""
     if conv is None:
         return x.dtype, x.shape
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype not in (torch.float64,):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype, device = x.dtype, x.device.type
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     return dtype, torch.Size(out_shape(x, conv.weight, conv.stride, conv.padding, conv.dilation))
 
 

@@ -6,81 +6,30 @@ forward read while it was traced (modes, numbers, which children there are) is k
 as long as it reads the same.
 """
 
-import enum
+import builtins
 import operator
 import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
-from types import BuiltinFunctionType, FunctionType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..layers.calls import called_plainly
+from .reads import MISSING, Read, children_of, frozen, look
 
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
 _INTERNAL = {*vars(nn.Module())} - {"training"}
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), enum.Enum, type, FunctionType, BuiltinFunctionType)
-_MISSING = "missing"
 
 
 class Untraceable(Exception):
     """Why a forward can't be written as a graph."""
-
-
-class Read(NamedTuple):
-    """One value that a forward read: of an attribute, or of a child whether it is there."""
-
-    name: str
-    value: Any
-
-    def holds(self, module: nn.Module) -> bool:
-        return look(module, self.name) == self.value
-
-
-class Same:
-    """An object that is compared by identity."""
-
-    def __init__(self, of: object) -> None:
-        self.of = of
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Same and other.of is self.of
-
-    __hash__ = None
-
-
-def frozen(value: Any) -> Any:
-    """The value as it is now, to compare with."""
-    if issubclass(type(value), fx.Proxy):
-        return Same(value)
-    if isinstance(value, _SIMPLE):
-        return type(value), value
-    if isinstance(value, (list, tuple)):
-        return type(value), [frozen(v) for v in value]
-    if isinstance(value, dict):
-        return type(value), [(frozen(k), frozen(v)) for k, v in value.items()]
-    return Same(value)
-
-
-def look(module: nn.Module, name: str) -> Any:
-    """What the module has by that name, as far as a graph depends on it."""
-    d = module.__dict__
-    if name in d["_modules"]:
-        return d["_modules"][name] is None
-    for tensors in (d["_parameters"], d["_buffers"]):
-        if name in tensors:
-            return tensors[name] is None
-    return frozen(d[name]) if name in d else _MISSING
-
-
-def children_of(container: nn.Module) -> Any:
-    """Of a module whose forward walks through them, or a list of modules."""
-    return [(name, m is None) for name, m in container.__dict__["_modules"].items()]
 
 
 class Traced(NamedTuple):
@@ -92,23 +41,8 @@ class Traced(NamedTuple):
     modes: bool  # whether `training` was read
 
 
-def _proxy_class(frame: Any, pretended: type | None, itself: type) -> type:
-    """What isinstance sees: torch.fx the proxy, the user's code what the argument will be."""
-    if frame.f_globals.get("__name__", "").startswith("torch."):
-        return itself
-    if pretended is None:
-        raise Untraceable("asks for the type of what its modules return")
-    return pretended
-
-
 class _Proxy(fx.Proxy):
-    pretended: type | None = None
-
-    @property
-    def __class__(self):
-        if type(self).pretended is not None:
-            self.tracer.asked = True
-        return _proxy_class(sys._getframe(1), type(self).pretended, type(self))
+    pretended: type | None = None  # what the user's code is told that it is
 
 
 class _TensorProxy(_Proxy):
@@ -137,7 +71,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = True  # or their arithmetic would be done once and for all
         self.kind, self.inside, self.asked = kind, inside, False
-        self.state = _contexts()
+        self.state: tuple = ()
         self.arguments = 0
         self.reads: dict[str, dict[str, Any]] = {}
         self.lists: dict[str, Any] = {}
@@ -170,6 +104,12 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise Untraceable("makes a tensor of its own")
+        if type(a) is OrderedDict:
+            return self.create_node(
+                "call_function", OrderedDict, ([[k, self.create_arg(v)] for k, v in a.items()],), {}
+            )
+        if isinstance(a, (dict, list)) and type(a) not in (dict, list):
+            raise Untraceable(f"makes a {type(a).__name__}")  # torch.fx would make a dict or list of it
         self.listening, listening = False, self.listening
         try:
             return super().create_arg(a)
@@ -178,16 +118,65 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self.state:
-            raise Untraceable("changes the grad mode or autocast")
+            raise Untraceable(_CONTEXTS)
         return super().create_node(*args, **kwargs)
 
 
+_CONTEXTS = "changes or asks for the grad mode or autocast, recomputes or has a backward of its own"
+_ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype")
+_GRAD_ENABLED = torch.is_grad_enabled
+
+
 def _contexts() -> tuple:
+    """What operators depend on beside their arguments, and a graph does not say."""
     return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        _GRAD_ENABLED(),  # off in the forward of an autograd.Function, too
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,  # set by checkpoint
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
     )
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Refuse a forward that asks for the grad mode or autocast, as those that change it do first."""
+
+    def refuse(*args, **kwargs):
+        raise Untraceable(_CONTEXTS)
+
+    functions = {name: getattr(torch, name) for name in _ASKED}
+    for name in functions:
+        setattr(torch, name, refuse)
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(torch, name, function)
+
+
+@contextmanager
+def _pretending(tracer: _Tracer) -> Iterator[None]:
+    """isinstance in the user's code sees the arguments that will come; PyTorch's own code has to see proxies."""
+
+    def told(instance, cls):
+        if not issubclass(type(instance), _Proxy) or _from_torch(sys._getframe(1)):
+            return own(instance, cls)
+        if type(instance).pretended is None:
+            raise Untraceable("asks for the type of what its modules return")
+        tracer.asked = True
+        classes = cls if type(cls) is tuple else (cls,)
+        return any(issubclass(type(instance).pretended, c) for c in classes)
+
+    own = builtins.isinstance
+    builtins.isinstance = told
+    try:
+        yield
+    finally:
+        builtins.isinstance = own
+
+
+def _from_torch(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("torch.")
 
 
 def _generators() -> tuple:
@@ -216,7 +205,10 @@ def _reading(tracer: _Tracer, paths: dict[nn.Module, str]) -> Iterator[None]:
         if tracer.listening and module in paths:
             if name == "_modules":
                 tracer.lists.setdefault(paths[module], children_of(module))
-            elif not name.startswith("__") and name not in _INTERNAL and name != "forward":
+            elif name == "forward":
+                if not _from_torch(sys._getframe(1)):
+                    raise Untraceable("calls a module's forward by itself")
+            elif not name.startswith("__") and name not in _INTERNAL:
                 if name in module.__dict__ or not hasattr(type(module), name):
                     tracer.reads.setdefault(paths[module], {}).setdefault(name, look(module, name))
         return object.__getattribute__(module, name)
@@ -237,6 +229,9 @@ def trace(module: nn.Module, kind: type, inside: Iterable[nn.Module]) -> tuple[T
     if not isinstance(getattr(type(module), "forward", None), FunctionType):
         raise Untraceable("has no forward of its own")
     inside = set(inside)
+    for m in (module, *inside):
+        if "type" in getattr(type(m).forward, "__code__", trace.__code__).co_names:
+            raise Untraceable("asks for the type of something")
     for m in inside:
         if called_plainly(m) is not None:
             raise Untraceable(f"looks into a {type(m).__name__} that {called_plainly(m)}")
@@ -246,7 +241,8 @@ def trace(module: nn.Module, kind: type, inside: Iterable[nn.Module]) -> tuple[T
         before = {m: {k: frozen(v) for k, v in vars(m).items()} for m in (module, *inside)}
         values = {m: dict(vars(m)) for m in before}
         try:
-            with _reading(tracer, paths):
+            with torch.enable_grad(), _reading(tracer, paths), _asking(), _pretending(tracer):
+                tracer.state = _contexts()
                 graph = tracer.trace(module)
         except Untraceable:
             raise
@@ -270,7 +266,7 @@ def _restore(before: dict[nn.Module, dict[str, Any]], values: dict[nn.Module, di
     for m, was in before.items():
         now = {k: frozen(v) for k, v in vars(m).items()}
         for name in was.keys() | now.keys():
-            if was.get(name, _MISSING) != now.get(name, _MISSING):
+            if was.get(name, MISSING) != now.get(name, MISSING):
                 written = f"self.{name}"
                 m.__dict__.pop(name, None)
                 if name in values[m]:
