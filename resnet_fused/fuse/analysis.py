@@ -12,7 +12,7 @@ from ..layers import norms
 from ..layers.calls import called_plainly
 from .chains import FUNCTIONAL, Chain, find, is_bn, own_module, writes
 from .plan import Plan
-from .run import chain
+from .run import ahead, chain
 from .trace import Traced, Untraceable, trace
 
 
@@ -232,15 +232,24 @@ def _path(name: str) -> tuple[str, ...]:
 def _replace(graph: fx.Graph, c: Chain, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
     """The chain's nodes by one, at the place of the last; replaced: what stands for the last nodes of others."""
     last, shortcut = c.nodes[-1], c.shortcut
+
+    def module(target: str | bool | None) -> Any:
+        return graph.get_attr(target) if isinstance(target, str) else target
+
+    def begun(part: Chain | None) -> fx.Node | None:
+        if part is None or not part.apart:
+            return None
+        with graph.inserting_before(next(n for n in part.nodes if n.target == part.bn)):
+            return graph.call_function(
+                ahead, (module(part.conv), module(part.bn), replaced.get(part.input, part.input))
+            )
+
+    done = begun(c), begun(shortcut)
     with graph.inserting_before(last):
-
-        def module(target: str | bool | None) -> Any:
-            return graph.get_attr(target) if isinstance(target, str) else target
-
         residual = c.residual if shortcut is None else shortcut.input
         conv2, bn2 = (None, None) if shortcut is None else (module(shortcut.conv), module(shortcut.bn))
         images = [replaced.get(n, n) for n in (c.input, residual)]
-        args = (module(c.conv), module(c.bn), module(c.act), *images, conv2, bn2, c.in_place)
+        args = (module(c.conv), module(c.bn), module(c.act), *images, conv2, bn2, c.in_place, *done)
         new = graph.call_function(chain, args)
     last.replace_all_uses_with(new)
     for node in sorted([*c.nodes, *(shortcut.nodes if shortcut else ())], reverse=True):

@@ -38,6 +38,7 @@ class Chain:
     shortcut: "Chain | None" = None  # what the residual goes through, a convolution or BN alone
     in_place: bool = False  # the add writes to the main branch
     passed: tuple[str, ...] = ()  # nn.Identity modules in between
+    apart: bool = False  # other nodes run between its BN and the last node
 
 
 def is_bn(module: nn.Module) -> bool:
@@ -199,6 +200,7 @@ class _Finder:
             return False
         for part in (chain, shortcut) if shortcut else (chain,):
             first = self.place[part.nodes[0]]
+            part.apart = any(n not in own and n.op != "get_attr" for n in self.nodes[first:last])
             if any(self.writes(n, own) for n in self.nodes[first:last]):
                 if part.conv is None:
                     return False  # BN's input is another's

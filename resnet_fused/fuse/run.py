@@ -5,11 +5,27 @@ from torch import Tensor, nn
 
 from ..dispatch import registry
 from ..layers import INPUT, Step, block, norms
-from ..layers.steps import unfusable
+from ..layers.steps import batch_statistics, needs_grad, unfusable
 from ..ops._short import PLAIN
 from ..ops.conv_bn_act import out_shape
 
 RELU = nn.ReLU()  # for those that are called as a function
+
+
+Done = tuple[int, Tensor] | None  # of a chain that was begun: 1, the convolution's output; 2, the BN's
+
+
+def ahead(conv: nn.Module | None, bn: nn.Module, x: Tensor) -> Done:
+    """What of bn(conv(x)) runs in its own place, before other nodes, and not with the rest of its chain.
+
+    Where the order of nodes stays, gradients add up in the same order.
+    """
+    if block.explainer is not None:
+        return None
+    if not registry.fuses(x.device):
+        return 2, bn(x if conv is None else conv(x))
+    alone = unfusable(Step(conv, bn)) is None and (batch_statistics(bn) or needs_grad(bn))
+    return (1, conv(x)) if conv is not None and alone else None
 
 
 def chain(
@@ -21,11 +37,22 @@ def chain(
     conv2: nn.Module | None,
     bn2: nn.Module | None,
     in_place: bool,
+    done: Done,
+    done2: Done,
 ) -> Tensor:
     """act(bn(conv(x)) + bn2(conv2(residual))), as far as they are there: fused, or module by module.
 
     in_place: the add writes to the main branch, whose dtype and shape it keeps.
+    done, done2: what `ahead` gave for the main branch and the residual's.
     """
+    if done2 is not None:
+        stage, residual = done2
+        conv2, bn2 = None, bn2 if stage == 1 else None
+    if done is not None:
+        stage, x = done
+        if stage == 2:
+            return _rest(x, act, residual, conv2, bn2, in_place)
+        conv = None
     addend = None if residual is None else INPUT if bn2 is None else Step(conv2, bn2)
     step = Step(conv, bn, RELU if act is True else act, addend)
     reason = unfusable(step) or _unlike(step, x, residual)
@@ -35,14 +62,26 @@ def chain(
         return y.contiguous() if keeps else y
     if block.explainer is not None:
         block.explainer.begin(step, reason)
-    y = bn(x if conv is None else conv(x))
-    if residual is not None:
-        r = residual if bn2 is None else bn2(residual if conv2 is None else conv2(residual))
-        y = y.add_(r) if in_place else y + r
-    y = y if step.act is None else step.act(y)
+    y = _rest(bn(x if conv is None else conv(x)), act, residual, conv2, bn2, in_place)
     if block.explainer is not None:
         block.explainer.end()
     return y
+
+
+def _rest(
+    y: Tensor,
+    act: nn.Module | bool | None,
+    residual: Tensor | None,
+    conv2: nn.Module | None,
+    bn2: nn.Module | None,
+    in_place: bool,
+) -> Tensor:
+    """The modules behind the BN, called as they are."""
+    if residual is not None:
+        r = residual if bn2 is None else bn2(residual if conv2 is None else conv2(residual))
+        y = y.add_(r) if in_place else y + r
+    act = RELU if act is True else act
+    return y if act is None else act(y)
 
 
 def _unlike(step: Step, x: Tensor, residual: Tensor | None) -> str | None:
