@@ -1,6 +1,6 @@
 """Verify `fuse` on models that nobody here wrote, and print the table of what it finds in them.
 
-    python benchmarks/zoo.py                        # all; about an hour on two cores of a machine without a GPU
+    python benchmarks/zoo.py                        # all; some ten minutes on two cores of a machine without a GPU
     python benchmarks/zoo.py resnet50 timm/dla34    # these
     python benchmarks/zoo.py --table ZOO.md         # write the table there
 

@@ -207,6 +207,7 @@ LEFT = {
     "x + x": lambda m, x: (lambda z: z + z)(m.bn1(m.conv1(x))),
     "an addend that broadcasts": lambda m, x: m.bn1(m.conv1(x)) + m.conv2(x.mean((2, 3), keepdim=True)),
     "a main branch that broadcasts": lambda m, x: m.bn1(m.conv1(x[:, :, :1, :1])) + m.conv2(x),
+    "a number": lambda m, x: m.relu(m.bn1(m.conv1(x)) + x.detach().sum().item()),
     "alpha": lambda m, x: m.relu(torch.add(m.bn1(m.conv1(x)), x, alpha=2)),
     "relu between conv and bn": lambda m, x: m.bn1(m.inplace(m.conv1(x))),
 }

@@ -282,7 +282,8 @@ def _realistic_state(torchvision: ModuleType | Originals, model: str, image_size
         for module in net.modules():
             if hasattr(module, "downsample") and hasattr(module, "bn2"):
                 # weak residual branches, or random weights amplify rounding errors a hundredfold
-                getattr(module, "bn3", module.bn2).weight.data.mul_(0.25)
+                last: Any = getattr(module, "bn3", module.bn2)
+                last.weight.data.mul_(0.25)
         with torch.no_grad():
             net(torch.randn(4, 3, image_size, image_size))
     return net.state_dict()

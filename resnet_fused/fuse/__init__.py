@@ -6,6 +6,7 @@ torch.compile, torch.export and tracers) it is the module's own forward that run
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from .analysis import Analysis, Found
 from .chains import is_bn
 from .forward import FusedForward, Replicate
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["Chain", "Report", "fuse", "unfuse"]
 
@@ -43,7 +46,15 @@ class Report(list[Chain]):
         return "\n".join(lines + [f"  {c.layer}: {c.modules}: {c.why}" for c in self.left])
 
 
-def fuse(model: nn.Module, *, report: bool = False, strict: bool = False) -> nn.Module | tuple[nn.Module, Report]:
+@overload
+def fuse(model: Model, *, report: Literal[False] = False, strict: bool = False) -> Model: ...
+
+
+@overload
+def fuse(model: Model, *, report: Literal[True], strict: bool = False) -> tuple[Model, Report]: ...
+
+
+def fuse(model: Model, *, report: bool = False, strict: bool = False) -> Model | tuple[Model, Report]:
     """Run the model's convolution + BN (+ add) (+ ReLU) chains on the fused operators, for training and inference.
 
     The model is changed in place and returned. Parameters, buffers, state_dict keys, hooks and memory layout are left
@@ -76,7 +87,7 @@ def fuse(model: nn.Module, *, report: bool = False, strict: bool = False) -> nn.
     return (model, summary) if report else model
 
 
-def unfuse(model: nn.Module) -> nn.Module:
+def unfuse(model: Model) -> Model:
     """The model as it was before `fuse`, with what it has learned since; in place."""
     for module in model.modules():
         for name, kind in (("forward", FusedForward), ("_replicate_for_data_parallel", Replicate)):
@@ -93,7 +104,7 @@ def _check(model: nn.Module) -> None:
     for name, m in model.named_modules():
         if m._compiled_call_impl is not None or hasattr(m, "_orig_mod"):
             raise ValueError(f"{name or 'model'} is compiled: fuse first, then torch.compile")
-        if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params():
+        if isinstance(m, LazyModuleMixin) and cast(Any, m).has_uninitialized_params():
             raise ValueError(f"{name or 'model'} ({type(m).__name__}) is not initialised: run the model once first")
 
 

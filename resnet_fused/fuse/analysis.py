@@ -72,7 +72,7 @@ class Analysis:
                 return False
         of = module.get_submodule
         return bool(graphs) and not any(
-            writes(n, lambda n: of(n.target) if n.op == "call_module" else None, self.pure)
+            writes(n, lambda n: of(str(n.target)) if n.op == "call_module" else None, self.pure)
             for t in graphs
             for n in t.graph.nodes
         )
@@ -218,7 +218,7 @@ def _plan(module: nn.Module, traced: Traced, chains: list[Chain], inside: set[nn
     return Plan(
         names["forward"],
         traced.kind,
-        traced.count,
+        traced.arguments,
         tuple((_path(p), tuple(reads)) for p, reads in traced.reads.items()),
         tuple((_path(p), children) for p, children in traced.lists.items()),
         tuple((_path(p), cls, cls.forward) for p in dict.fromkeys(["", *within]) for cls in [type(of(p))]),
@@ -248,7 +248,7 @@ def _replace(graph: fx.Graph, c: Chain, replaced: dict[fx.Node, fx.Node]) -> fx.
     with graph.inserting_before(last):
         residual = c.residual if shortcut is None else shortcut.input
         conv2, bn2 = (None, None) if shortcut is None else (module(shortcut.conv), module(shortcut.bn))
-        images = [replaced.get(n, n) for n in (c.input, residual)]
+        images = [n if n is None else replaced.get(n, n) for n in (c.input, residual)]
         args = (module(c.conv), module(c.bn), module(c.act), *images, conv2, bn2, c.in_place, *done)
         new = graph.call_function(chain, args)
     last.replace_all_uses_with(new)

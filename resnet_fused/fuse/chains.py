@@ -9,7 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +62,13 @@ class _Finder:
         self.nodes = list(graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.modules, self.shared, self.pure = modules, shared, pure
-        self.calls = Counter(self.module(n) for n in self.nodes if n.op == "call_module")
+        self.calls = Counter(m for n in self.nodes if (m := self.module(n)) is not None)
         self.taken: dict[fx.Node, Chain] = {}
 
     def find(self) -> tuple[list[Chain], dict[str, str]]:
         left: dict[str, str] = {}
         chains: list[Chain] = []
-        bns = [n for n in self.nodes if n.op == "call_module" and is_bn(self.module(n))]
+        bns = [n for n in self.nodes if (m := self.module(n)) is not None and is_bn(m)]
         for node in bns:
             if reason := self.unfit(node):
                 left[str(node.target)] = reason
@@ -96,6 +96,7 @@ class _Finder:
         module = self.module(node)
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return "is called with more than one tensor"
+        assert module is not None
         if self.calls[module] > 1:
             return "is called more than once"
         if module in self.shared:
@@ -108,8 +109,8 @@ class _Finder:
             return chain
         node = self.passing(chain, bn)
         user = self.only_user(node)
-        residual = user and self.added(user, node)
-        if residual is not None:
+        residual = None if user is None else self.added(user, node)
+        if user is not None and residual is not None:
             chain.in_place = user.args[0] is node and user.target in (operator.iadd, "add_")
             chain.residual = residual
             chain.shortcut = self.shortcut(residual, bn)
@@ -122,11 +123,11 @@ class _Finder:
 
     def front(self, bn: fx.Node) -> Chain:
         """The convolution, where it may join, and the BN."""
-        before = bn.args[0]
+        before = _first(bn)
         chain = Chain(str(bn.target), [bn], before)
         conv = self.module(before)
         if type(conv) is nn.Conv2d and self.only_user(before) is bn and self.unfit(before) is None:
-            chain.conv, chain.input = str(before.target), before.args[0]
+            chain.conv, chain.input = str(before.target), _first(before)
             chain.nodes.insert(0, before)
         return chain
 
@@ -134,7 +135,7 @@ class _Finder:
         """The node behind the nn.Identity modules that follow."""
         while (user := self.only_user(node)) is not None:
             module = self.module(user)
-            if type(module) is not nn.Identity or called_plainly(module) is not None:
+            if not isinstance(module, nn.Identity) or type(module) is not nn.Identity or called_plainly(module):
                 break
             chain.passed = (*chain.passed, str(user.target))
             chain.nodes.append(user)
@@ -145,12 +146,13 @@ class _Finder:
         """The convolution and BN whose output the residual is, if nothing else uses it."""
         passed: list[fx.Node] = []
         node = residual
-        while type(self.module(node)) is nn.Identity and len(node.users) == 1 and isinstance(node.args[0], fx.Node):
-            if called_plainly(self.module(node)) is not None:
+        module = self.module(node)
+        while isinstance(module, nn.Identity) and len(node.users) == 1 and isinstance(node.args[0], fx.Node):
+            if type(module) is not nn.Identity or called_plainly(module) is not None:
                 return None
             passed.insert(0, node)
-            node = node.args[0]
-        module = self.module(node)
+            node = _first(node)
+            module = self.module(node)
         if module is None or not is_bn(module) or node is main or len(node.users) != 1 or self.unfit(node) is not None:
             return None
         if norms.inner(module) != (False, ()) or self.taken.get(node, None) not in (None, self.own(node)):
@@ -169,18 +171,19 @@ class _Finder:
         """The other addend, if `user` adds it to `node` and writes to nothing else."""
         if user.target not in (_ADD if user.op == "call_function" else ("add", "add_") * (user.op == "call_method")):
             return None
-        if len(user.args) != 2 or user.kwargs or not all(isinstance(a, fx.Node) for a in user.args):
+        if len(user.args) != 2 or user.kwargs:
             return None
         first, second = user.args
-        if first is second:
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
             return None
         if user.target in (operator.iadd, "add_") and first is not node:
             return None  # the other addend is written to: it is that one's add, if any BN's
         return second if first is node else first
 
     def relu(self, user: fx.Node) -> str | bool | None:
-        if user.op == "call_module":
-            plain = type(self.module(user)) is nn.ReLU and called_plainly(self.module(user)) is None
+        module = self.module(user)
+        if module is not None:
+            plain = type(module) is nn.ReLU and called_plainly(module) is None
             return str(user.target) if plain and len(user.args) == 1 else None
         functional = user.op == "call_function" and user.target in _RELU
         functional = functional or user.op == "call_method" and user.target in ("relu", "relu_")
@@ -213,6 +216,11 @@ class _Finder:
         return node not in own and node not in self.taken and writes(node, self.module, self.pure)
 
 
+def _first(node: fx.Node) -> fx.Node:
+    """The one argument of a convolution, BN or identity."""
+    return cast(fx.Node, node.args[0])
+
+
 def writes(node: fx.Node, module_of: Callable[[fx.Node], nn.Module | None], pure: Callable[[nn.Module], bool]) -> bool:
     """Whether a node may write to one of its inputs, other than what a convolution or BN just made for it."""
     if node.op in ("placeholder", "get_attr", "output"):
@@ -223,7 +231,8 @@ def writes(node: fx.Node, module_of: Callable[[fx.Node], nn.Module | None], pure
     elif node.op == "call_method":
         changes = str(node.target).endswith("_") and not str(node.target).endswith("__")
     else:
-        changes = not _known(node.target) or node.target.__name__.endswith("_") or node.target in _IN_PLACE
+        changes = not _known(node.target) or getattr(node.target, "__name__", "_").endswith("_")
+        changes = changes or node.target in _IN_PLACE
         changes = changes or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         changes = changes or any(a is True for a in node.args[1:])  # inplace, by its place
     first = node.args[0] if node.args else None

@@ -18,17 +18,17 @@ class Plan(NamedTuple):
 
     run: Callable[..., Any]  # of the module and its arguments
     kind: type  # of the arguments
-    count: int
+    arguments: int
     reads: tuple[tuple[tuple[str, ...], tuple[Read, ...]], ...]  # of the modules below, by their paths
     lists: tuple[tuple[tuple[str, ...], Any], ...]  # containers and their children
     inside: tuple[tuple[tuple[str, ...], type, Callable[..., Any]], ...]  # what is not called: its type and forward
 
     def serves(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
-        if len(args) != self.count or not all(isinstance(a, self.kind) for a in args):
+        if len(args) != self.arguments or not all(isinstance(a, self.kind) for a in args):
             return False
         for path, cls, forward in self.inside:
             m = below(module, path)
-            if type(m) is not cls or cls.forward is not forward or path and not _plainly(m):
+            if m is None or type(m) is not cls or m.__class__.forward is not forward or path and not _plainly(m):
                 return False
         for path, reads in self.reads:
             m = below(module, path)

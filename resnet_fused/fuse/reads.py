@@ -29,7 +29,8 @@ class Same:
     def __eq__(self, other: object) -> bool:
         return type(other) is Same and other.of is self.of
 
-    __hash__ = None
+    def __hash__(self) -> int:
+        return id(self.of)
 
 
 def frozen(value: Any) -> Any:

@@ -1,11 +1,13 @@
 """A chain as one call: fused, or module by module where that would not be the same."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..dispatch import registry
 from ..layers import INPUT, Step, block, norms
-from ..layers.steps import batch_statistics, needs_grad, unfusable
+from ..layers.steps import batch_statistics, fusable, needs_grad, unfusable
 from ..ops._short import PLAIN
 from ..ops.conv_bn_act import out_shape
 
@@ -24,7 +26,8 @@ def ahead(conv: nn.Module | None, bn: nn.Module, x: Tensor) -> Done:
         return None
     if not registry.fuses(x.device):
         return 2, bn(x if conv is None else conv(x))
-    alone = unfusable(Step(conv, bn)) is None and (batch_statistics(bn) or needs_grad(bn))
+    step = Step(conv, bn)
+    alone = fusable(step) and step.bn is not None and (batch_statistics(step.bn) or needs_grad(step.bn))
     return (1, conv(x)) if conv is not None and alone else None
 
 
@@ -54,10 +57,10 @@ def chain(
             return _rest(x, act, residual, conv2, bn2, in_place)
         conv = None
     addend = None if residual is None else INPUT if bn2 is None else Step(conv2, bn2)
-    step = Step(conv, bn, RELU if act is True else act, addend)
+    step = Step(conv, bn, RELU if isinstance(act, bool) else act, addend)
     reason = unfusable(step) or _unlike(step, x, residual)
     if reason is None:
-        y = block.run_step(x, step, residual)
+        y = block.run_step(x, step, x if residual is None else residual)
         keeps = registry.fuses(x.device) and not _channels_last(x, conv)
         return y.contiguous() if keeps else y
     if block.explainer is not None:
@@ -80,19 +83,22 @@ def _rest(
     if residual is not None:
         r = residual if bn2 is None else bn2(residual if conv2 is None else conv2(residual))
         y = y.add_(r) if in_place else y + r
-    act = RELU if act is True else act
+    act = RELU if isinstance(act, bool) else act
     return y if act is None else act(y)
 
 
 def _unlike(step: Step, x: Tensor, residual: Tensor | None) -> str | None:
     """Why these tensors are not what the fused operators take or return, where PyTorch's would; None if they are."""
-    conv, bn, _, addend = step
+    conv, addend = step.conv, step.addend
+    bn: Any = step.bn
     if type(x) not in PLAIN or x.dim() != 4:
         return f"the input is a {type(x).__name__} of {x.dim()} dimensions, not a Tensor of 4"
     dtype, shape = _after(conv, x)
     if norms.frozen(bn) and bn.weight.dtype != dtype:
         return f"{type(bn).__name__} in {bn.weight.dtype} makes {bn.weight.dtype} of {dtype}"
     if residual is not None:
+        if type(residual) not in PLAIN:
+            return f"the addend is a {type(residual).__name__}, not a Tensor"
         inner = addend if isinstance(addend, Step) else None
         if inner is not None and (reason := unfusable(inner) or _unlike(inner, residual, None)):
             return f"the shortcut: {reason}"
@@ -104,7 +110,7 @@ def _unlike(step: Step, x: Tensor, residual: Tensor | None) -> str | None:
     return None
 
 
-def _after(conv: nn.Module | None, x: Tensor) -> tuple[torch.dtype, torch.Size]:
+def _after(conv: Any, x: Tensor) -> tuple[torch.dtype, torch.Size]:
     """dtype and shape of the convolution's output."""
     if conv is None:
         return x.dtype, x.shape
@@ -114,7 +120,7 @@ def _after(conv: nn.Module | None, x: Tensor) -> tuple[torch.dtype, torch.Size]:
     return dtype, torch.Size(out_shape(x, conv.weight, conv.stride, conv.padding, conv.dilation))
 
 
-def _channels_last(x: Tensor, conv: nn.Module | None) -> bool:
+def _channels_last(x: Tensor, conv: Any) -> bool:
     """Whether PyTorch's own operators would return channels_last."""
     last = torch.channels_last
     return x.is_contiguous(memory_format=last) or conv is not None and _strided_last(conv.weight)

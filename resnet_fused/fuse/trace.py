@@ -35,7 +35,7 @@ class Untraceable(Exception):
 class Traced(NamedTuple):
     graph: fx.Graph
     kind: type  # of the arguments: Tensor or list
-    count: int  # of the arguments
+    arguments: int
     reads: dict[str, list[Read]]  # by the path of the module that was read
     lists: dict[str, Any]  # containers that were walked through: their children
     modes: bool  # whether `training` was read
@@ -191,7 +191,8 @@ def _put_back(generators: tuple) -> bool:
     drawn = now[0] != python or not torch.equal(now[1], own)
     drawn = drawn or numpy is not None and any(str(a) != str(b) for a, b in zip(now[2], numpy, strict=True))
     if drawn:
-        random.setstate(python), torch.set_rng_state(own)
+        random.setstate(python)
+        torch.set_rng_state(own)
         if numpy is not None:
             sys.modules["numpy"].random.set_state(numpy)
     return drawn
@@ -213,11 +214,12 @@ def _reading(tracer: _Tracer, paths: dict[nn.Module, str]) -> Iterator[None]:
                     tracer.reads.setdefault(paths[module], {}).setdefault(name, look(module, name))
         return object.__getattribute__(module, name)
 
-    nn.Module.__getattribute__ = get
+    module_class: Any = nn.Module
+    module_class.__getattribute__ = get
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
+        del module_class.__getattribute__
 
 
 def trace(module: nn.Module, kind: type, inside: Iterable[nn.Module]) -> tuple[Traced, bool]:

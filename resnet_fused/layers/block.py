@@ -277,7 +277,7 @@ def _bn(
         act="relu" if relu else "none",
         group=group(bn),
     )
-    return y if not rest else (_called(rest, y) if pre_add is None else (_called(rest, y[0]), y[1]))
+    return (_called(rest, y[0]), y[1]) if isinstance(y, tuple) else _called(rest, y)
 
 
 def _joins(inner: Step, bn: BatchNorm) -> TypeGuard[Projection]:

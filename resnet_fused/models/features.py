@@ -13,7 +13,7 @@ class Backbone(nn.Module):
     """timm's methods of a model with a pooling layer `avgpool` and a linear layer `fc`."""
 
     avgpool: nn.Module
-    fc: nn.Module
+    fc: Any
     num_features: int  # channels of `forward_features`
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -39,8 +39,9 @@ class Backbone(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         like = next(self.parameters())
-        options = {"device": like.device, "dtype": like.dtype}
-        self.fc = nn.Linear(self.num_features, num_classes, **options) if num_classes else nn.Identity()
+        self.fc = nn.Identity()
+        if num_classes:
+            self.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
 
 
 class FeatureNet(nn.Module):
@@ -104,6 +105,6 @@ class FeatureInfo(list[dict[str, Any]]):
         return [info["module"] for info in self]
 
 
-def _last(block: nn.Module) -> nn.Conv2d:
+def _last(block: Any) -> nn.Conv2d:
     """The convolution whose output the block returns."""
-    return getattr(block, "conv3", block.conv2)
+    return block.conv3 if hasattr(block, "conv3") else block.conv2
