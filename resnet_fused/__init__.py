@@ -7,6 +7,7 @@ from ._version import __version__
 from .deploy import deploy, export
 from .dispatch.registry import BackendUnavailable, backend, get_backend, set_backend
 from .explain import explain
+from .fuse import fuse, unfuse
 from .graphs import graphed
 from .models import *  # noqa: F403
 from .tune import tune
@@ -18,12 +19,14 @@ __all__ = [
     "deploy",
     "explain",
     "export",
+    "fuse",
     "get_backend",
     "graphed",
     "models",
     "ops",
     "set_backend",
     "tune",
+    "unfuse",
     *models.__all__,
 ]
 

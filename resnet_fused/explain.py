@@ -1,9 +1,11 @@
 """What ran in every layer of a model, and why not something faster."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import layers
 from .dispatch import registry
@@ -87,19 +89,20 @@ class _Explainer:
         return row
 
 
-def explain(model: nn.Module, x: Tensor) -> Explanation:
+def explain(model: nn.Module, x: Any) -> Explanation:
     """Run the model once on x and say, layer by layer, which backend served it and why none faster did.
 
     The model's mode and the caller's grad mode decide the path, as in a plain call; buffers (running statistics) are
     put back afterwards. A step that can't be fused is explained under a forced backend too, where a plain call raises.
 
     Args:
-        model: any model of this package.
-        x: [N, 3, H, W], on the model's device.
+        model: any model of this package, or a fused one.
+        x: [N, 3, H, W], on the model's device, or what else the model takes as its one argument.
     """
     model = getattr(model, "_orig_mod", model)  # a compiled one makes the same choices, but only while it is traced
     buffers = [(b, b.clone()) for b in model.buffers()]
-    explainer = _Explainer(model, x.device)
+    images = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+    explainer = _Explainer(model, images[0].device)
     previous = layers.block.explainer, registry.listener
     layers.block.explainer, registry.listener = explainer, explainer.served
     try:

@@ -463,3 +463,25 @@ def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
     joins = [(row["residual"], row["residual_bn"]) for row in training["against_pytorch"]]
     assert (True, True) in joins and (True, False) in joins and (False, False) in joins
     assert "all layers:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["timm/resnet18d", "mobilenet_v3_small"])
+@pytest.mark.parametrize("suite", ["inference", "training"])
+def test_other_peoples_models_beside_themselves_fused(model, suite, capsys):
+    small = ("--batch", 2, "--image-size", 64, "--device", "cpu", "--rounds", 2, "--suite", suite)
+    names = "original-nchw,original-nhwc,fused,fused-onednn"
+    assert run_command("--model", model, "--fuse", *small, "--variants", names) == 0
+    rows = {
+        line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("orig", "fused"))
+    }
+    assert rows["fused"].startswith("fused ran") or "original-nhwc's bits" in rows["fused"]
+    assert set(rows) >= set(names.split(","))
+
+
+def test_other_peoples_models_are_checked_by_name():
+    with pytest.raises(ValueError, match="model: unknown 'timm/resnet51'"):
+        bench.run("timm/resnet51", fuse=True, device="cpu")
+    with pytest.raises(ValueError, match="model: unknown 'fcn_resnet50'"):
+        bench.run("fcn_resnet50", fuse=True, device="cpu")
+    with pytest.raises(ValueError, match="variants: unknown 'resnet_fused'"):
+        bench.run("resnet18", fuse=True, device="cpu", variants=["resnet_fused"])

@@ -15,7 +15,7 @@ RANKS = [
     {"analysis"},
     {"evaluation", "doctor"},
     {"bench", "train", "__init__"},
-    {"testing", "explain", "tune", "info", "deploy"},
+    {"testing", "explain", "tune", "info", "deploy", "fuse"},
     {"graphs"},
     {"models"},
     {"layers", "fetch"},

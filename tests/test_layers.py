@@ -151,14 +151,36 @@ def test_a_forced_backend_refuses_a_changed_module_by_its_name(change):
     assert message.endswith('Use backend("auto"), which leaves it to PyTorch, or mend that.')
 
 
+class OwnBN(nn.BatchNorm2d):
+    pass
+
+
 @pytest.mark.parametrize("backend", ["cuda", "cudnn", "triton", "onednn"])
-def test_a_forced_backend_refuses_frozen_bn(backend):
-    ours, _ = twins(norm_layer=torchvision.ops.FrozenBatchNorm2d)
-    message = f"^bn1, FrozenBatchNorm2d.*{backend!r}.*the BN is FrozenBatchNorm2d, not exactly BatchNorm2d"
+def test_a_forced_backend_refuses_a_bn_of_ones_own(backend):
+    ours, _ = twins(norm_layer=OwnBN)
+    message = f"^bn1, OwnBN.*{backend!r}.*the BN is OwnBN, not exactly BatchNorm2d"
     with resnet_fused.backend(backend), pytest.raises(resnet_fused.BackendUnavailable, match=message):
         ours(X)
-    with pytest.raises(resnet_fused.BackendUnavailable, match="^FrozenBatchNorm2d"), resnet_fused.backend(backend):
+    with pytest.raises(resnet_fused.BackendUnavailable, match="^OwnBN"), resnet_fused.backend(backend):
         ours.layer1(torch.randn(1, 64, 9, 9))  # no name without the model
+
+
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+@pytest.mark.parametrize("mode", [True, False])
+def test_frozen_bns_are_fused(backend, mode):
+    ours, theirs = (m.train(mode) for m in twins(norm_layer=torchvision.ops.FrozenBatchNorm2d))
+    assert_same(ours, theirs, backend)
+    if backend != "auto":
+        with resnet_fused.backend(backend), torch.no_grad():
+            rows = [r for r in resnet_fused.explain(ours, X) if "FrozenBatchNorm2d" in r.modules]
+        assert len(rows) == 12 and all(r.ran[0].startswith("conv_bn_act") for r in rows)
+    gradients = []
+    for m in (ours, theirs):
+        with resnet_fused.backend(backend):
+            m(images(m)).square().sum().backward()
+        gradients.append([p.grad for p in m.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 def test_what_is_not_ours_is_not_forced():

@@ -15,7 +15,10 @@ from .report import write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resnet-fused bench`."""
-    parser.add_argument("--model", default="resnet50", help="default: %(default)s")
+    parser.add_argument("--model", default="resnet50", help="with --fuse also timm/resnet50d; default: %(default)s")
+    parser.add_argument(
+        "--fuse", action="store_true", help="the model of torchvision or timm as it is, beside itself fused"
+    )
     parser.add_argument(
         "--suite",
         default="inference",
@@ -25,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on the CPU, float16 on a GPU")
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:N"; default: a GPU where there is one')
     parser.add_argument(
-        "--variants", help=f"comma-separated, out of: {', '.join(VARIANTS)}; default: all that are there"
+        "--variants",
+        help=f"comma-separated, out of: {', '.join(VARIANTS)}; with --fuse original and fused stand for "
+        "torchvision and resnet_fused; default: all that are there",
     )
     parser.add_argument("--baseline", help=f"the variant that ratios are taken against; default: {BASELINE}")
     parser.add_argument(
@@ -52,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
         args.device,
         args.variants.split(",") if args.variants is not None else None,
         suite=args.suite,
+        fuse=args.fuse,
         baseline=args.baseline,
         rounds=args.rounds,
         image_size=args.image_size,

@@ -10,7 +10,8 @@ import torch
 
 from ..dispatch import registry
 from ..models.weights import TORCHVISION_ENUMS
-from .cases import SUITES, TORCHVISION, VARIANTS
+from .cases import FUSED, SUITES, TORCHVISION, VARIANTS
+from .others import Originals
 from .report import Report, conditions
 from .timing import Track, paired_ratios, silent, time_rounds
 
@@ -34,6 +35,7 @@ def run(
     variants: Sequence[str] | None = None,
     *,
     suite: str = "inference",
+    fuse: bool = False,
     baseline: str | None = None,
     rounds: int | None = None,
     image_size: int = 224,
@@ -46,14 +48,18 @@ def run(
     must give torchvision's channels_last bits.
 
     Args:
-        model: a name that torchvision knows too, e.g. "resnet50".
+        model: a name that torchvision knows too, e.g. "resnet50"; with `fuse` any classification model of torchvision,
+            or of timm with timm/ in front.
         batch: images a call; by default 8 on the CPU and 128 on a GPU.
         dtype: "float32", "float16" or "bfloat16"; by default float32 on the CPU and float16 on a GPU. Training in
             half precision is autocast over float32 weights, in float16 on a GPU with a GradScaler.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU where there is one.
-        variants: names out of `VARIANTS`; by default `default_variants(device, suite)`.
+        variants: names out of `VARIANTS`, with `fuse` out of the values of `FUSED`; by default
+            `default_variants(device, suite)`.
         suite: "inference", a forward pass; "training", forward, cross-entropy, backward and SGD with momentum.
-        baseline: the variant that ratios are taken against; by default "torchvision-nhwc", without it the first.
+        fuse: measure the model as it is beside itself fused, in place of torchvision's beside this package's.
+        baseline: the variant that ratios are taken against; by default "torchvision-nhwc" (with `fuse`
+            "original-nhwc"), without it the first.
         rounds: how often every variant is timed; by default 10, or 3 to 9 where 10 would take longer than 40 s.
         image_size: height and width of the images.
         track: wraps the loops, for instance `progress`.
@@ -67,13 +73,16 @@ def run(
     on_gpu = target.type == "cuda"
     batch = batch if batch is not None else (128 if on_gpu else 8)
     dtype = dtype if dtype is not None else ("float16" if on_gpu else "float32")
-    names = tuple(variants) if variants is not None else default_variants(target, suite)
+    shown = FUSED if fuse else {name: name for name in VARIANTS}
+    names = tuple(variants) if variants is not None else tuple(shown[n] for n in default_variants(target, suite))
     if not names:
         raise ValueError("variants must name at least one")
-    baseline = baseline if baseline is not None else (BASELINE if BASELINE in names else names[0])
-    _one_of("model", [model], list(TORCHVISION_ENUMS))
+    if baseline is None:
+        baseline = shown[BASELINE] if shown[BASELINE] in names else names[0]
+    if not fuse:
+        _one_of("model", [model], list(TORCHVISION_ENUMS))
     _one_of("dtype", [dtype], DTYPES)
-    _one_of("variants", names, VARIANTS)
+    _one_of("variants", names, shown.values())
     _one_of("baseline", [baseline], names)
     for argument, value, least in (
         ("batch", batch, 1),
@@ -84,11 +93,16 @@ def run(
             raise ValueError(f"{argument} must be at least {least}, got {value}")
 
     report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target), task=suite)
+    report.reference = shown[BASELINE]
     with torch.cuda.device(target) if on_gpu else contextlib.nullcontext(), _cudnn_benchmark():
-        case = SUITES[suite](_torchvision(), model, batch, image_size, DTYPES[dtype], target)
+        library = Originals(_torchvision()) if fuse else _torchvision()
+        if fuse:
+            library.check(model)
+        case = SUITES[suite](library, model, batch, image_size, DTYPES[dtype], target)
         calls = {}
         for name in track(list(dict.fromkeys(names)), "checking"):
-            result, call = case.prepare(name)
+            result, call = case.prepare(next(own for own, given in shown.items() if given == name))
+            result.variant = name
             report.results.append(result)
             if call is not None and result.status == "measured":
                 calls[name] = call

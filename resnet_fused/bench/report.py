@@ -32,7 +32,7 @@ class Result:
     reason: str = ""
     error: float | None = None  # largest difference from float64: a logit's, or in training a gradient's, relative
     limit: float | None = None
-    bit_identical: bool | None = None  # to torchvision in channels_last
+    bit_identical: bool | None = None  # to the report's reference
     ran: dict[str, int] = field(default_factory=dict)  # what served the layers, and how many
     peak_mib: float | None = None
     samples_ms: list[float] = field(default_factory=list)  # one a round, milliseconds a batch
@@ -58,6 +58,7 @@ class Report:
     conditions: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     task: str = "inference"  # the suite
+    reference: str = "torchvision-nhwc"  # whose bits are looked for
 
     @property
     def ok(self) -> bool:
@@ -117,7 +118,7 @@ class Report:
         call = "a train step" if self.task == "training" else "a batch"
         notes = [
             f"ms: of {call}, medians of {rounds} interleaved rounds. ratio: speed against {self.baseline} by these "
-            "medians; its quartiles are of the ratios within each round. parity: bits, torchvision-nhwc's to the bit; "
+            f"medians; its quartiles are of the ratios within each round. parity: bits, {self.reference}'s to the bit; "
             "ok, an error within the limit.",
             *(f"warning: {warning}" for warning in self.warnings()),
             *(f"{r.variant} {r.status}: {r.reason}" for r in self.results if r.reason),

@@ -1,12 +1,13 @@
 """A block's steps, one after the other: fused, or as torchvision calls their modules."""
 
-from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, overload
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, cast, overload
 
 from torch import Tensor, nn
 
 from ..dispatch import registry
 from ..ops import batch_norm_act, conv_bn_act
 from ..ops.batch_norm_act.tape import tape
+from . import norms
 from .steps import (
     INPUT,
     BatchNorm,
@@ -25,7 +26,7 @@ from .steps import (
     unfusable,
 )
 
-Addend = nn.Module | Literal["input"] | None
+Addend = nn.Module | Step | Literal["input"] | None
 
 
 class Explainer(Protocol):
@@ -54,7 +55,7 @@ class Projection(Fusable, Protocol):
     """A fusable step of a convolution and its BN."""
 
     @property
-    def conv(self) -> nn.Conv2d: ...
+    def conv(self) -> nn.Conv2d | None: ...
 
     @property
     def bn(self) -> BatchNorm: ...
@@ -91,6 +92,7 @@ def as_modules(x: Any, steps: tuple[Step, ...]) -> Any:
         for module in (step.conv, step.bn):
             y = y if module is None else module(y)
         if step.addend is not None:
+            assert not isinstance(step.addend, Step)  # a module's own forward is no block of ours
             y = y + (x if step.addend == INPUT else step.addend(read))
         y = y if step.act is None else step.act(y)
         if step.conv is None:
@@ -101,8 +103,7 @@ def as_modules(x: Any, steps: tuple[Step, ...]) -> Any:
 def explained_bn(z: Tensor, step: Step, source: Tensor) -> Tensor:
     if explainer is not None:
         explainer.begin(step, None)
-    assert isinstance(step.bn, BatchNorm)  # `recomputes` has looked
-    z = _bn(z, step.bn, step.act, step.addend, source)
+    z = _bn(z, cast(BatchNorm, step.bn), step.act, step.addend, source)
     if explainer is not None:
         explainer.end()
     return z
@@ -136,10 +137,10 @@ def run_step(x: Tensor, step: Step, source: Tensor) -> Tensor:
         x = _modules(x, step, source)
     else:
         conv, bn = step.conv, step.bn
-        assert conv is not None  # only a first step lacks it: `pre_activation`
-        if bn is not None and (batch_statistics(bn) or needs_grad(bn)):
-            x = _bn(conv(x), bn, step.act, step.addend, source)
+        if bn is not None and (conv is None or batch_statistics(bn) or needs_grad(bn)):
+            x = _bn(x if conv is None else conv(x), bn, step.act, step.addend, source)
         else:
+            assert conv is not None  # what has neither convolution nor BN is no step
             x = _conv_bn(x, conv, bn, step.act, _shortcut(step.addend, source))
     if explainer is not None:
         explainer.end()
@@ -184,13 +185,16 @@ def _shortcut(addend: Addend, source: Tensor) -> Tensor | None:
     inner = projection(addend)
     if inner is not None:
         return run_step(source, inner, source)
+    assert isinstance(addend, nn.Module)
     if _projects(addend):
         _not_forced(addend, f"the shortcut's projection {called_plainly(addend)}")
     return addend(source)
 
 
-def projection(shortcut: nn.Module) -> Step | None:
+def projection(shortcut: nn.Module | Step) -> Step | None:
     """The step that a `Sequential(conv, bn)` without hooks stands for."""
+    if isinstance(shortcut, Step):
+        return shortcut
     return Step(*shortcut) if _projects(shortcut) and called_plainly(shortcut) is None else None
 
 
@@ -203,7 +207,8 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: BatchNorm | None, act: nn.ReLU | No
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
     if bn is not None:
         vectors = (tensor(bn, "weight"), tensor(bn, "bias"), tensor(bn, "running_mean"), tensor(bn, "running_var"))
-    return conv_bn_act(
+    relu, rest = _activation(bn, act)
+    y = conv_bn_act(
         x,
         tensor(conv, "weight"),
         *vectors,
@@ -214,8 +219,22 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: BatchNorm | None, act: nn.ReLU | No
         dilation=conv.dilation,
         groups=conv.groups,
         residual=residual,
-        act="none" if act is None else "relu",
+        act="relu" if relu else "none",
     )
+    return _called(rest, y)
+
+
+def _activation(bn: BatchNorm | None, act: nn.Module | None) -> tuple[bool, tuple[nn.Module, ...]]:
+    """Whether the step ends in ReLU, and what its BN calls after that."""
+    if act is not None or bn is None or type(bn) in norms.OWN:
+        return act is not None, ()
+    return norms.inner(bn)
+
+
+def _called(modules: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 @overload
@@ -233,17 +252,18 @@ def _bn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """After the step's convolution: BN, the shortcut's BN where it may join, add and ReLU as one."""
     residual, residual_bn = None, None
-    inner = projection(addend) if isinstance(addend, nn.Module) else None
+    inner = projection(addend) if isinstance(addend, (nn.Module, Step)) else None
     if inner is not None and _joins(inner, bn):
         if explainer is not None:
             explainer.joined(inner)
-        residual = inner.conv(source)
+        residual = source if inner.conv is None else inner.conv(source)
         residual_bn = (tensor(inner.bn, "weight"), tensor(inner.bn, "bias"), *statistics(inner.bn))
         momentum(inner.bn)
     else:
         residual = _shortcut(addend, source)
         residual = None if residual is None else residual.to(x.dtype)  # under autocast the block's input may be float32
-    return batch_norm_act(
+    relu, rest = _activation(bn, act)
+    y = batch_norm_act(
         x,
         tensor(bn, "weight"),
         tensor(bn, "bias"),
@@ -254,9 +274,10 @@ def _bn(
         training=batch_statistics(bn),
         momentum=momentum(bn),
         eps=bn.eps,
-        act="none" if act is None else "relu",
+        act="relu" if relu else "none",
         group=group(bn),
     )
+    return (_called(rest, y[0]), y[1]) if isinstance(y, tuple) else _called(rest, y)
 
 
 def _joins(inner: Step, bn: BatchNorm) -> TypeGuard[Projection]:
@@ -264,6 +285,7 @@ def _joins(inner: Step, bn: BatchNorm) -> TypeGuard[Projection]:
     return (
         fusable(inner)
         and (other := inner.bn) is not None
+        and not (norms.frozen(bn) or norms.frozen(other) or norms.inner(other) != (False, ()))
         and batch_statistics(bn) == batch_statistics(other)
         and (bn.training, bn.eps, bn.momentum, bn.track_running_stats)
         == (other.training, other.eps, other.momentum, other.track_running_stats)

@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple, Protocol, TypeGuard, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 from ..ops._checks import transformed
 from ..ops.batch_norm_act.tape import tape
+from . import norms
+from .calls import called_plainly
 
 INPUT: Literal["input"] = "input"
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -20,13 +21,13 @@ BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 class Step(NamedTuple):
     """act(bn(conv(x)) + addend); a first step may lack the convolution, a last one BN and activation.
 
-    addend: `INPUT`, the block's input, or a module to send through what the block's first convolution reads.
+    addend: `INPUT`, the block's input, or a module or step to send through what the block's first convolution reads.
     """
 
     conv: nn.Module | None
     bn: nn.Module | None = None
     act: nn.Module | None = None
-    addend: nn.Module | Literal["input"] | None = None
+    addend: "nn.Module | Step | Literal['input'] | None" = None
 
 
 class Fusable(Protocol):
@@ -42,12 +43,12 @@ class Fusable(Protocol):
     def act(self) -> nn.ReLU | None: ...
 
     @property
-    def addend(self) -> nn.Module | Literal["input"] | None: ...
+    def addend(self) -> nn.Module | Step | Literal["input"] | None: ...
 
 
 def synchronizes(bn: nn.Module | None) -> TypeGuard[nn.SyncBatchNorm]:
     """SyncBatchNorm in training; nn.SyncBatchNorm itself refuses the CPU, this package's operator serves it too."""
-    return type(bn) is nn.SyncBatchNorm and bn.training
+    return isinstance(bn, nn.SyncBatchNorm) and bn.training
 
 
 def group(bn: BatchNorm) -> dist.ProcessGroup | None:
@@ -59,12 +60,12 @@ def group(bn: BatchNorm) -> dist.ProcessGroup | None:
 
 
 def batch_statistics(bn: BatchNorm) -> bool:
-    return bn.training or tensor(bn, "running_mean") is None
+    return bn.training and not norms.frozen(bn) or tensor(bn, "running_mean") is None
 
 
 def statistics(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that the call uses, as nn.BatchNorm2d decides: not those that are kept but not tracked."""
-    if bn.training and not bn.track_running_stats:
+    if bn.training and not norms.frozen(bn) and not bn.track_running_stats:
         return None, None
     return tensor(bn, "running_mean"), tensor(bn, "running_var")
 
@@ -91,6 +92,8 @@ def tensor(module: nn.Module, name: str) -> Tensor | None:
 
 def momentum(bn: BatchNorm) -> float:
     """nn.BatchNorm2d's bookkeeping: counts the batch, and resolves momentum=None to the cumulative average."""
+    if norms.frozen(bn):
+        return 0.0
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and not tape.replays:
         counter = tensor(bn, "num_batches_tracked")
@@ -147,7 +150,7 @@ def fusable(step: Step) -> TypeGuard[Fusable]:
     conv, bn, act, _ = step
     return (
         (conv is None or type(conv) is nn.Conv2d and called_plainly(conv) is None and _pads_zeros(conv))
-        and (bn is None or type(bn) in _NORMS and called_plainly(bn) is None)
+        and (bn is None or (type(bn) in norms.OWN or _other_bn(step)) and called_plainly(bn) is None)
         and (act is None or type(act) is nn.ReLU and called_plainly(act) is None)
     )
 
@@ -157,7 +160,13 @@ def unfusable(step: Step) -> str | None:
     return None if fusable(step) else obstacle(step)[1]
 
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+def _other_bn(step: Step) -> bool:
+    """Whether its BN is a known one that is not PyTorch's, and the last to act in the step."""
+    return norms.kind(step.bn) is not None and not _acts_too_early(step)
+
+
+def _acts_too_early(step: Step) -> bool:
+    return norms.inner(step.bn) != (False, ()) and (step.act is not None or step.addend is not None)
 
 
 def _pads_zeros(conv: nn.Conv2d) -> bool:
@@ -166,29 +175,21 @@ def _pads_zeros(conv: nn.Conv2d) -> bool:
 
 def obstacle(step: Step) -> tuple[nn.Module, str]:
     """The first module for whose sake an unfusable step's modules are called as they are, and why."""
-    kinds = (
-        ("convolution", step.conv, (nn.Conv2d,)),
-        ("BN", step.bn, _NORMS),
-        ("activation", step.act, (nn.ReLU,)),
+    roles = (
+        ("convolution", step.conv, type(step.conv) is nn.Conv2d, "Conv2d"),
+        ("BN", step.bn, norms.kind(step.bn) is not None, "BatchNorm2d or SyncBatchNorm"),
+        ("activation", step.act, type(step.act) is nn.ReLU, "ReLU"),
     )
-    for role, module, types in kinds:
+    for role, module, known, exactly in roles:
         if module is None:
             continue
-        if type(module) not in types:
-            exactly = " or ".join(t.__name__ for t in types)
+        if not known:
             return module, f"the {role} is {type(module).__name__}, not exactly {exactly}"
         reason = called_plainly(module)
         if reason is not None:
             return module, f"the {role} ({type(module).__name__}) {reason}"
-    conv = step.conv
+    conv, bn = step.conv, step.bn
+    if bn is not None and _acts_too_early(step):
+        return bn, f"the BN ({type(bn).__name__}) has an activation of its own before what follows"
     assert isinstance(conv, nn.Conv2d)  # the others were looked at
     return conv, f"the convolution pads by {conv.padding_mode!r}, {conv.padding!r}; numbers of zeros are fused"
-
-
-def called_plainly(module: nn.Module) -> str | None:
-    """Why calling the module is more than running its class's forward, or None where it is not."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks"
-    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
-        return "has a forward set on the instance"
-    return "is called under global module hooks" if _module._has_any_global_hook() else None

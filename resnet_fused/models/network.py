@@ -1,7 +1,7 @@
 """The network of v1: a stem, stages of blocks, and a classifier; what a model's name stands for is made of it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
+from .features import Backbone, FeatureNet
 from .weights import WeightsArg, load_state_dict, resolve
 
 Stem = Literal["imagenet", "caffe", "cifar"]
@@ -16,7 +17,7 @@ Shortcut = Literal["A", "B", "C"] | None
 Network = TypeVar("Network", bound="ResNet")
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """torchvision's `ResNet`, whose blocks run on the fused operators where a backend serves them.
 
     Args:
@@ -90,7 +91,8 @@ class ResNet(nn.Module):
         self.maxpool = None if stem == "cifar" else nn.MaxPool2d(3, 2, padding=0 if caffe else 1, ceil_mode=caffe)
         self._add_stages(block, layers, widths, dilate)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(widths[-1] * block.expansion, num_classes)
+        self.num_features = widths[-1] * block.expansion
+        self.fc = nn.Linear(self.num_features, num_classes)
 
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -191,14 +193,13 @@ class ResNet(nn.Module):
             raise
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
+        return self.forward_head(self.forward_features(x))
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self._stem(x)
         for stage in self._stages():
             x = stage(x)
-
-        x = self.avgpool(x)
-        x = torch.flatten(x, 1)
-        return self.fc(x)
+        return x
 
 
 def build(
@@ -211,7 +212,13 @@ def build(
     kwargs: dict[str, Any],
     **fixed: Any,
 ) -> Network:
-    """The model of that name: `network(block, layers)` with what its name and its weights ask for."""
+    """The model of that name: `network(block, layers)` with what its name and its weights ask for.
+
+    `features_only=True` among the arguments gives its `FeatureNet`, with the outputs of `out_indices`.
+    """
+    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices={out_indices} needs features_only=True")
     source = resolve(name, weights)
     for key, value in (fixed | (source.model_kwargs if source else {})).items():
         if kwargs.setdefault(key, value) != value:
@@ -220,4 +227,4 @@ def build(
     model = network(block, layers, **kwargs)
     if source:
         load_state_dict(model, source.state_dict(progress), source=source.name)
-    return model
+    return cast(Network, FeatureNet(model, out_indices)) if features_only else model

@@ -93,6 +93,18 @@ class PreActResNet(ResNet):
         return conv1x1(in_planes, out_planes, stride)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        if self.recompute is None:
+            return self.forward_head(self.forward_features(x))
+        x, _ = self._trunk(x)
+        x = run(x, Step(None, self.norm, self.relu), then=self.avgpool, recompute=self.recompute)
+        return self.fc(torch.flatten(x, 1))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x, pre_add = self._trunk(x)
+        return run(x, Step(None, self.norm, self.relu), pre_add=pre_add)
+
+    def _trunk(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Everything in front of the last BN, and what is still to be added to it."""
         x = self._stem(x)
 
         stages, pre_add = self._stages(), None
@@ -103,14 +115,7 @@ class PreActResNet(ResNet):
         else:
             for stage in stages:
                 x = stage(x)
-
-        last = Step(None, self.norm, self.relu)
-        if self.recompute is None:
-            x = self.avgpool(run(x, last, pre_add=pre_add))
-        else:
-            x = run(x, last, then=self.avgpool, recompute=self.recompute)
-        x = torch.flatten(x, 1)
-        return self.fc(x)
+        return x, pre_add
 
 
 def _units_alone(stages: list[nn.Sequential], x: Tensor) -> TypeGuard[list[Iterable[_PreAct]]]:

@@ -101,9 +101,9 @@ def sums_kernel(
 
     at = split * (2 if bn2 is None else 3) * C + c
     tl.store(partial + at, tl.sum(sum_dz, 0), c < C)
-    tl.store(partial + at + C, tl.sum(sum_xhat * bn[1], 0), c < C)
+    tl.store(partial + C + at, tl.sum(sum_xhat * bn[1], 0), c < C)
     if bn2 is not None:
-        tl.store(partial + at + 2 * C, tl.sum(sum_rhat * bn2[1], 0), c < C)
+        tl.store(partial + 2 * C + at, tl.sum(sum_rhat * bn2[1], 0), c < C)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -122,9 +122,9 @@ def merge_kernel(
     mask = (split < splits)[:, None] & (c < C)[None, :]
     at = split[:, None] * (2 if sum_rhat is None else 3) * C + c[None, :]
     tl.store(sum_dz + c, tl.sum(tl.load(partial + at, mask, other=0.0), 0), c < C)
-    tl.store(sum_xhat + c, tl.sum(tl.load(partial + at + C, mask, other=0.0), 0), c < C)
+    tl.store(sum_xhat + c, tl.sum(tl.load(partial + C + at, mask, other=0.0), 0), c < C)
     if sum_rhat is not None:
-        tl.store(sum_rhat + c, tl.sum(tl.load(partial + at + 2 * C, mask, other=0.0), 0), c < C)
+        tl.store(sum_rhat + c, tl.sum(tl.load(partial + 2 * C + at, mask, other=0.0), 0), c < C)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def statistics_kernel(
     m2 += mean * mean * n
     at = 2 * split * C + c
     tl.store(partial + at, merged, in_range)
-    tl.store(partial + at + C, tl.sum(m2, 0), in_range)
+    tl.store(partial + C + at, tl.sum(m2, 0), in_range)
 
 
 @triton.jit(do_not_specialize=["M", "splits", "rows"])
@@ -95,7 +95,7 @@ def merge_kernel(
     merged = tl.div_rn(tl.sum(means * n, 0), count)
     merged += tl.div_rn(tl.sum((means - merged[None, :]) * n, 0), count)
     means -= merged[None, :]
-    m2s = tl.load(partial + at + C, mask, other=0.0) + means * means * n
+    m2s = tl.load(partial + C + at, mask, other=0.0) + means * means * n
     pivot = tl.load(z + c, c < C, other=0.0).to(tl.float32)
     tl.store(mean + c, pivot + merged, c < C)
     sum_m2 = tl.sum(m2s, 0)

@@ -1,0 +1,110 @@
+"""What a backbone is asked for: features, the head by itself, another classifier; under timm's names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Step, counters, run
+
+
+class Backbone(nn.Module):
+    """timm's methods of a model with a pooling layer `avgpool` and a linear layer `fc`."""
+
+    avgpool: nn.Module
+    fc: Any
+    num_features: int  # channels of `forward_features`
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Everything in front of pooling: [N, 3, H, W] -> [N, num_features, H', W']."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling and classifier: [N, num_features, H', W'] -> [N, num_classes], or [N, num_features] before it."""
+        x = torch.flatten(self.avgpool(x), 1)
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new linear layer on the old one's device and in its dtype; num_classes=0: none, the model gives features.
+
+        Raises:
+            ValueError: another pooling than "avg" is asked for, or num_classes is negative.
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f'global_pool must be "avg" or None, got {global_pool!r}')
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
+        like = next(self.parameters())
+        self.fc = nn.Identity()
+        if num_classes:
+            self.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+
+
+class FeatureNet(nn.Module):
+    """A model without its head that returns the outputs of its stem and stages as a list, as timm's `features_only`.
+
+    Args:
+        net: a `ResNet`; its modules are taken, and those behind the last output left out.
+        out_indices: 0 is the stem's BN + ReLU, 1 and up the stages; by default all.
+
+    Shape: [N, 3, H, W] -> one [N, C, H', W'] for every index, smallest index first.
+    """
+
+    def __init__(self, net: Any, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        indices = range(net.stages + 1) if out_indices is None else out_indices
+        if not indices or any(i not in range(net.stages + 1) for i in indices):
+            raise ValueError(f"out_indices must be out of 0 to {net.stages}, got {out_indices}")
+        self.out_indices = tuple(sorted(set(indices)))
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.feature_info = FeatureInfo()
+        channels, reduction = net.conv1.out_channels, net.conv1.stride[0]
+        for i in range(self.out_indices[-1] + 1):
+            if i:
+                stage = getattr(net, f"layer{i}")
+                self.add_module(f"layer{i}", stage)
+                channels = _last(stage[0]).out_channels
+                reduction *= max(m.stride[0] for m in stage[0].modules() if isinstance(m, nn.Conv2d))
+                reduction *= net.maxpool.stride if i == 1 and net.maxpool is not None else 1
+            if i in self.out_indices:
+                module = f"layer{i}" if i else "relu"
+                self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": module})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if not self.training or torch.compiler.is_compiling():
+            return self._features(x)
+        with counters.together():
+            return self._features(x)
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        x = run(x, Step(self.conv1, self.bn1, self.relu))
+        found = [x] if 0 in self.out_indices else []
+        if self.out_indices[-1] > 0 and self.maxpool is not None:
+            x = self.maxpool(x)
+        for i in range(1, self.out_indices[-1] + 1):
+            x = getattr(self, f"layer{i}")(x)
+            if i in self.out_indices:
+                found.append(x)
+        return found
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """Of every output: `num_chs`, `reduction` of the image's sides, `module`."""
+
+    def channels(self) -> list[int]:
+        return [info["num_chs"] for info in self]
+
+    def reduction(self) -> list[int]:
+        return [info["reduction"] for info in self]
+
+    def module_name(self) -> list[str]:
+        return [info["module"] for info in self]
+
+
+def _last(block: Any) -> nn.Conv2d:
+    """The convolution whose output the block returns."""
+    return block.conv3 if hasattr(block, "conv3") else block.conv2
