@@ -106,7 +106,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="a model as a file that runs without this package")
     command.add_argument("path", metavar="PATH", help="ends in .onnx, .pt2, .aoti.pt2 or .safetensors")
     command.add_argument("--model", default="resnet50", metavar="NAME", help="default: resnet50")
-    command.add_argument("--weights", help="as weights= of the model, or a run of train: its folder or checkpoint")
+    command.add_argument(
+        "--weights", required=True, help="as weights= of the model, or a run of train: its folder or checkpoint"
+    )
     command.add_argument("--num-classes", type=positive_int, default=1000, metavar="N", help="of weights in a file")
     command.add_argument("--size", type=positive_int, default=224, metavar="PIXELS", help="of an image (default: 224)")
     command.add_argument("--device", default="cpu", help="that .aoti.pt2 is compiled for (default: cpu)")
@@ -149,7 +151,7 @@ def _export(args: argparse.Namespace) -> int:
     from .evaluation.networks import Network
     from .train import checkpoint
 
-    if args.weights is not None and (Path(args.weights).is_dir() or Path(args.weights).name == checkpoint.NAME):
+    if Path(args.weights).is_dir() or Path(args.weights).name == checkpoint.NAME:
         model = Network.from_checkpoint(args.weights).model
     else:
         model = models.get_model(args.model, weights=args.weights, **_classes(args))

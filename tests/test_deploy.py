@@ -1,5 +1,9 @@
 """deploy: a snapshot that gives the model's numbers, holds its own tensors, and refuses what it can't be made of."""
 
+import copy
+import pickle
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,12 +119,34 @@ def test_what_can_not_be_deployed_is_named():
         with pytest.raises(ValueError, match=message):
             deploy(wrong, X)
 
+    broken = drawn(resnet_fused.cifar_resnet20())
+    broken.layer1[0].conv1.weight.data[0] = float("nan")
+    for function in (lambda m, x: deploy(m, x), lambda m, x: export(m, x, "m.onnx")):
+        with pytest.raises(ValueError, match="model's layer1.0.conv1.weight is not finite"):
+            function(broken, X)
+        with pytest.raises(ValueError, match="example must be a tensor .*, got list"):
+            function(model, [X])
+        with pytest.raises(ValueError, match="model must be an nn.Module, got str"):
+            function("resnet18", X)
+
     class Strided(nn.Module):
         def forward(self, x):
             return x.as_strided((2, 3), (3, 1))
 
     with pytest.raises(ValueError, match="as_strided"):
         deploy(Strided().eval(), X)
+
+
+def test_a_snapshot_says_what_it_takes_and_that_it_stays_here():
+    served = deploy(drawn(resnet_fused.cifar_resnet20()), X)
+    for wrong, got in ((X.double(), "torch.float64"), (X[0], r"\(3, 32, 32\)"), ([X], "list"), (X.to("meta"), "meta")):
+        with pytest.raises(
+            ValueError, match=f"x must be a tensor of 4 dimensions, torch.float32, on cpu .*; got .*{got}"
+        ):
+            served(wrong)
+    for function in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="can't be saved or copied; export the model"):
+            function(served)
 
 
 @pytest.mark.gpu
@@ -159,7 +185,9 @@ def test_a_file_gives_the_models_numbers_without_this_package(name, tmp_path):
         pytest.importorskip("onnxscript")
     model = drawn(resnet_fused.cifar_resnet20())
     with resnet_fused.backend("triton"), torch.no_grad():  # whatever is forced
-        run = LOADERS[name](export(model, X, tmp_path / name))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(No complete tensor|Expect archive)")
+            run = LOADERS[name](export(model, X, tmp_path / name))
     with torch.no_grad():
         for x in (X, X[:1], torch.cat([X, X])):
             torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
@@ -191,4 +219,7 @@ def test_the_command_line_exports(tmp_path, capsys):
     assert cli.main(["export", str(path), *options]) == 0
     assert capsys.readouterr().out.strip() == str(path)
     assert torch.export.load(path).module()(X).shape == (2, 7)
-    assert cli.main(["export", str(tmp_path / "m.txt"), "--model", "resnet18"]) == 2
+    assert cli.main(["export", str(tmp_path / "m.txt"), *options]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", str(path), "--model", "resnet18"])
+    assert "required: --weights" in capsys.readouterr().err

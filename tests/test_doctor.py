@@ -39,18 +39,21 @@ def small(monkeypatch, tmp_path):
 
 def test_on_a_cpu_it_runs_the_interpreters_part(small, monkeypatch, tmp_path, capsys):
     rows = [ROW | {"wrong": None}]
-    monkeypatch.setattr(parity, "interpreted", lambda: rows)
+    monkeypatch.setattr(parity, "interpreted", lambda: (rows, {"cuda": "there is no GPU"}))
     monkeypatch.setattr(host, "figures", lambda name: {"eval": (2.0, 1.0), "train": (2.0, 3.0)})
     assert cli.main(["doctor", "--device", "cpu", "--json", str(tmp_path / "found.json")]) == 0
     out = capsys.readouterr().out
     assert "eval 0.50x, train 1.50x" in out
-    assert out.splitlines()[-1].startswith("all 1 checks passed in Triton's interpreter; no GPU here: on one")
+    assert out.splitlines()[-1].startswith("all 1 checks passed, of triton; no GPU here: on one")
+    assert "cuda is not checked: there is no GPU" in out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["parity"] == rows and found["environment"]["versions"]["resnet_fused"]
 
 
 def test_a_failed_check_is_the_verdict_and_the_status(small, monkeypatch, capsys):
-    monkeypatch.setattr(parity, "interpreted", lambda: [ROW | {"wrong": "result 0 is off by 1"}, ROW | {"wrong": None}])
+    monkeypatch.setattr(
+        parity, "interpreted", lambda: ([ROW | {"wrong": "result 0 is off by 1"}, ROW | {"wrong": None}], {})
+    )
     monkeypatch.setattr(host, "figures", lambda name: {})
     assert cli.main(["doctor", "--device", "cpu"]) == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
@@ -68,10 +71,11 @@ def test_the_checks_can_fail(small, monkeypatch):
 
 
 def test_the_interpreter_has_a_process_of_its_own(monkeypatch):
-    done = subprocess.CompletedProcess([], 0, json.dumps([ROW]), "a\nb\n")
+    said = {"rows": [ROW], "lacking": {}}
+    done = subprocess.CompletedProcess([], 0, json.dumps(said), "a\nb\n")
     given = {}
     monkeypatch.setattr(subprocess, "run", lambda command, env, **_: given.update(env) or done)
-    assert parity.interpreted() == [ROW] and given["TRITON_INTERPRET"] == "1"
+    assert parity.interpreted() == ([ROW], {}) and given["TRITON_INTERPRET"] == "1"
     done.returncode = 1
     with pytest.raises(RuntimeError, match="^b$"):
         parity.interpreted()

@@ -175,8 +175,9 @@ def test_tune_keeps_the_fastest_and_later_calls_take_it(own_store, small, monkey
 
 @pytest.mark.parametrize("content", ["", "[]", '{"environment": {"torch": "0"}, "entries": {}}'])
 def test_a_damaged_tuning_file_is_a_warning(own_store, small, content):
-    (own_store / "tuned-cpu.json").write_text(content)
-    with resnet_fused.backend("triton"), pytest.warns(UserWarning, match="tuned-cpu.json is left aside"):
+    path = store.Store("tuned", torch.device("cpu")).path
+    path.write_text(content)
+    with resnet_fused.backend("triton"), pytest.warns(UserWarning, match=f"{path.name} is left aside"):
         assert_close(*small)
 
 

@@ -5,14 +5,14 @@ NaN, which eager's does not. On a GPU every convolution is one `conv_bn_act` by 
 kind of input a CUDA graph.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
 from .. import ops
-from ..graphs import Graphed, trains
-from .export import export
+from ..graphs import Graphed
+from .export import check, export
 from .lower import Conv, Writer, lower
 
 __all__ = ["Deployed", "deploy", "export"]
@@ -25,6 +25,7 @@ class Deployed:
     """
 
     def __init__(self, graph: fx.GraphModule, example: Tensor) -> None:
+        self._takes = example.dim(), example.dtype, example.device
         self._run: Any = graph.eval()
         with torch.inference_mode():
             graphs = example.is_cuda and isinstance(graph(example), Tensor)
@@ -33,8 +34,17 @@ class Deployed:
             self._run.capture(example)
 
     def __call__(self, x: Tensor) -> Any:
+        if not isinstance(x, Tensor) or (x.dim(), x.dtype, x.device) != self._takes:
+            given = f"{tuple(x.shape)}, {x.dtype}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            dims, dtype, device = self._takes
+            raise ValueError(
+                f"x must be a tensor of {dims} dimensions, {dtype}, on {device} as the example; got {given}"
+            )
         with torch.inference_mode():
             return self._run(x)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a deployed model is packed for this machine and can't be saved or copied; export the model")
 
     def capture(self, example: Tensor) -> None:
         """On a GPU, and where the model returns one tensor: a CUDA graph for inputs like this one too."""
@@ -54,7 +64,7 @@ def deploy(model: nn.Module, example: Tensor) -> Deployed:
 
     Raises:
         ValueError: the model is in train mode, on the meta device, on another device than the example or of another
-            dtype, compiled or scripted.
+            dtype, compiled or scripted, or its weights are not finite.
     """
     _check(model, example)
     on_gpu = example.is_cuda
@@ -69,8 +79,7 @@ def _check(model: nn.Module, example: Tensor) -> None:
         raise ValueError("model is compiled; deploy the nn.Module that it was made from, its `_orig_mod`")
     if hasattr(model, "module") and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"model is wrapped in {type(model).__name__}; deploy its `module`")
-    if trains(model):
-        raise ValueError("model is in train mode; call model.eval() before it is deployed")
+    check(model, example, "deployed")
     tensors = [*model.parameters(), *model.buffers()]
     devices = {t.device for t in tensors} | {example.device}
     if len(devices) > 1 or example.device.type not in ("cpu", "cuda"):

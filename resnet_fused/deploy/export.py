@@ -1,7 +1,9 @@
 """A model as a file that runs without this package."""
 
+import contextlib
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +32,34 @@ def export(model: nn.Module, example: Tensor, path: str | os.PathLike) -> Path:
         The path.
 
     Raises:
-        ValueError: another suffix, or a model in train mode.
+        ValueError: another suffix, a model in train mode, or weights that are not finite.
         ImportError: what the format needs is missing; the message names it.
     """
     path = Path(path)
     write = next((write for suffix, write in FORMATS.items() if path.name.endswith(suffix)), None)
     if write is None:
         raise ValueError(f"path must end in one of {', '.join(FORMATS)}, got {path.name!r}")
-    if trains(model):
-        raise ValueError("model is in train mode; call model.eval() before it is exported")
+    check(model, example, "exported")
     if not path.parent.is_dir():
         raise ValueError(f"path's folder {str(path.parent)!r} is not there")
     with registry.backend("auto"), torch.no_grad():  # a forced backend's operators would need this package
         write(model, example, path)
     return path
+
+
+def check(model: nn.Module, example: Tensor, done: str) -> None:
+    """What `deploy` and `export` refuse; done: "deployed" or "exported"."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example, Tensor):
+        raise ValueError(f"example must be a tensor [N, C, H, W], got {type(example).__name__}")
+    if trains(model):
+        raise ValueError(f"model is in train mode; call model.eval() before it is {done}")
+    state = (*model.named_parameters(), *model.named_buffers())
+    broken = [name for name, t in state if not t.is_meta and t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(f"model's {broken[0]}{more} is not finite: such a model is not {done}")
 
 
 def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -66,15 +82,26 @@ def _twice(example: Tensor) -> Tensor:
 
 
 def _pt2(model: nn.Module, example: Tensor, path: Path) -> None:
+    model = copy.deepcopy(model)
+    for t in (*model.parameters(), *model.buffers()):
+        t.data = t.data.contiguous()  # torch.export.save warns of others
     found = program(model, example)
-    with atomic_write(path, "wb") as file:
-        torch.export.save(found, file)
+    with _beside(path) as partial:
+        torch.export.save(found, partial)
 
 
 def _aoti(model: nn.Module, example: Tensor, path: Path) -> None:
+    found = program(model, example)
+    with _beside(path) as partial:
+        torch._inductor.aoti_compile_and_package(found, package_path=str(partial))
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file of the same suffix, which takes the path's place when the block ends well."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        torch._inductor.aoti_compile_and_package(program(model, example), package_path=str(partial))
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -36,8 +36,13 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     print(info.text(found["environment"]), end="\n\n")
     on_gpu = device.type == "cuda"
     print("numbers against float64: the largest error's share of its budget")
-    found["parity"] = list(parity.rows(device)) if on_gpu else parity.interpreted()
+    if on_gpu:
+        found["parity"], found["not_checked"] = list(parity.rows(device)), parity.lacking(device)
+    else:
+        found["parity"], found["not_checked"] = parity.interpreted()
     _print(_parity_table(found["parity"]))
+    for name, reason in found["not_checked"].items():
+        print(f"  {name} is not checked: {reason}")
     found["host"] = _host()
     print(f"\nhost time of ResNet-50, of torchvision's: {_host_text(found['host'])}")
     if on_gpu:
@@ -95,9 +100,10 @@ def verdict(found: dict[str, Any]) -> str:
         first = wrong[0]
         what = f"{first['operator']} on {first['backend']} in {first['dtype']}: {first['wrong']}"
         return f"{len(wrong)} of {len(found['parity'])} checks FAILED, first {what}"
-    passed = f"all {len(found['parity'])} checks passed"
+    checked = ", ".join(dict.fromkeys(row["backend"] for row in found["parity"])) or "no backend"
+    passed = f"all {len(found['parity'])} checks passed, of {checked}"
     if "end_to_end" not in found:
-        return f"{passed} in Triton's interpreter; {_WITHOUT_GPU}"
+        return f"{passed}; {_WITHOUT_GPU}"
     gains = [
         f"{row['gain']:.2f}x eager at batch {row['batch']} {'training' if row['training'] else 'inference'}"
         for row in found["end_to_end"]

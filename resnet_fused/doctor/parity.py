@@ -85,8 +85,14 @@ def _calls(case: testing.Case, dtype: torch.dtype, device: torch.device) -> list
     return [ApplyCall(*fields), training, backward]
 
 
-def interpreted() -> list[Row]:
-    """The rows that Triton's interpreter gives on a CPU, from a process of its own: Triton decides when it loads.
+def lacking(device: torch.device) -> dict[str, str]:
+    """Why a backend is not checked."""
+    found = {name: registry.unavailable(name, device) for name in registry.BACKENDS}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def interpreted() -> tuple[list[Row], dict[str, str]]:
+    """`rows` and `lacking` of Triton's interpreter on a CPU, from a process of its own: Triton decides when it loads.
 
     Raises:
         RuntimeError: the process failed; the message is its last line.
@@ -96,8 +102,10 @@ def interpreted() -> list[Row]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    return found["rows"], found["lacking"]
 
 
 if __name__ == "__main__":
-    json.dump(list(rows(torch.device("cpu"))), sys.stdout)
+    cpu = torch.device("cpu")
+    json.dump({"rows": list(rows(cpu)), "lacking": lacking(cpu)}, sys.stdout)
