@@ -82,7 +82,8 @@ def test_a_backend_is_forced_inside_a_compiled_function():
 def test_a_compiled_model_refuses_for_a_forced_backend():
     compiled = torch.compile(twins()[0].requires_grad_(False), backend="eager")
     compiled.conv1.register_forward_hook(lambda *args: None)
-    with resnet_fused.backend("triton"), pytest.raises(resnet_fused.BackendUnavailable, match="^conv1, .*has hooks"):
+    said = r"^(conv1, )?Conv2d\(3, 64.*has hooks"  # Dynamo of older torch keeps the model's part from naming the module
+    with resnet_fused.backend("triton"), pytest.raises(resnet_fused.BackendUnavailable, match=said):
         compiled(X)
 
 

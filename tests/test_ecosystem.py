@@ -1,6 +1,7 @@
 """The models as backbones, and in other libraries' hands."""
 
 import copy
+import importlib
 
 import pytest
 import timm
@@ -155,3 +156,15 @@ def test_a_fused_backbone_of_timm_in_a_model_of_ones_own():
     assert len(report.fused) == 19  # timm's list of features asks what the stem's modules return
     theirs, ours = losses([model, fused], lambda m: m(X).square().mean())
     assert theirs == ours
+
+
+def test_timm_creates_this_packages_models():
+    importlib.import_module("resnet_fused.timm_models")
+    assert {f"fused_{name}" for name in resnet_fused.models.list_models()} <= set(timm.list_models("fused_*"))
+    model = timm.create_model("fused_resnet18", num_classes=7).eval()
+    assert type(model) is type(resnet_fused.resnet18()) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    features = timm.create_model("fused_resnet18", features_only=True, out_indices=(1, 4))
+    assert [f.shape[1] for f in features(torch.zeros(1, 3, 64, 64))] == [64, 512]
+    assert not timm.is_model_pretrained("fused_resnet18")
+    with pytest.raises(ValueError, match="takes no pretrained_cfg"):
+        timm.create_model("fused_resnet18", pretrained_cfg={"url": ""})

@@ -15,7 +15,7 @@ RANKS = [
     {"analysis"},
     {"evaluation", "doctor"},
     {"bench", "train", "__init__"},
-    {"testing", "explain", "tune", "info", "deploy", "fuse"},
+    {"testing", "explain", "tune", "info", "deploy", "fuse", "timm_models"},
     {"graphs"},
     {"models"},
     {"layers", "fetch"},
