@@ -47,12 +47,29 @@ class Odd(nn.Module):
         return self.fc(x.permute(0, 2, 3, 1)).flatten(1), x.amax((1, 2, 3))
 
 
+class Structured(nn.Module):
+    """Results in a structure, computed weights, an addend that is the other one, or of one image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Linear(4, 2)
+        self.plain, self.position = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(1, 4, 30, 30))
+
+    def forward(self, x):
+        y, z = self.conv(x), self.plain(x)
+        return {
+            "a": [F.relu(z + z)],
+            "b": (self.plain(x) + self.position, F.linear(y.mean((2, 3)), self.fc.weight.abs())),
+        }
+
+
 MODELS = {
     "resnet18": resnet_fused.resnet18,
     "resnext50_32x4d": resnet_fused.resnext50_32x4d,
     "cifar_resnet20": resnet_fused.cifar_resnet20,
     "preact_resnet18": resnet_fused.preact_resnet18,
     "odd": Odd,
+    "structured": Structured,
 }
 
 
@@ -128,6 +145,24 @@ def test_what_can_not_be_deployed_is_named():
             function(model, [X])
         with pytest.raises(ValueError, match="model must be an nn.Module, got str"):
             function("resnet18", X)
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(int(x.shape[0]) * 2, -1)
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x):
+            self.n.add_(1)
+            return x + self.n
+
+    with pytest.raises(ValueError, match="model fixes the number of images"):
+        deploy(Fixed().eval(), X)
+    with pytest.raises(ValueError, match="model writes n in eval mode"):
+        deploy(Counting().eval(), X)
 
     class Strided(nn.Module):
         def forward(self, x):

@@ -1,5 +1,7 @@
 """The operators' contracts: numbers, gradients, layouts, registration, errors."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -345,6 +347,47 @@ def test_integers_of_any_kind():
     two = np.int64(2)
     y = ops.conv_bn_act(X, W[:, :2], *[None] * 4, stride=two, padding=(two, 1), groups=two)
     assert torch.equal(y, F.conv2d(X, W[:, :2], None, 2, (2, 1), groups=2).relu())
+
+
+def leaves_of(case):
+    args, kwargs = make_inputs(case, dtype=torch.float32)
+    args = tuple(a.requires_grad_() if i < (1 if case.op == "conv_bn_act" else 3) else a for i, a in enumerate(args))
+    return args, kwargs
+
+
+@pytest.mark.parametrize("id", ["bn-relu", "bn-join", "bn-two-bn-join", "bn-pre-add", "conv-3x3-join"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batched_gradients_are_those_of_one_by_one(id, training):
+    case = next(c for c in CASES if c.id == id)
+    args, kwargs = leaves_of(case)
+    kwargs |= {"training": training} if case.op == "batch_norm_act" else {}
+    leaves = [a for a in args if a.requires_grad]
+    with resnet_fused.backend("triton"):
+        y = testing.as_tuple(testing.OPS[case.op](*args, **kwargs))[0]
+        dy = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0))
+        together = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in dy]
+    for batch, *singles in zip(together, *one_by_one, strict=True):
+        torch.testing.assert_close(batch, torch.stack(singles), rtol=1e-4, atol=1e-4 * batch.abs().max().item())
+
+
+def test_saved_tensors_may_come_back_in_another_layout():
+    """save_on_cpu gives back NCHW copies: the backward plan of the steps before does not read those."""
+    case = next(c for c in CASES if c.id == "bn-two-bn-join")
+
+    def gradients(*contexts):
+        args, kwargs = leaves_of(case)
+        kwargs["residual"].requires_grad_()
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            y = testing.OPS[case.op](*args, **kwargs)
+        return torch.autograd.grad(y.square().sum(), [*args[:3], kwargs["residual"]])
+
+    nchw = torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t)
+    with resnet_fused.backend("triton"):
+        expected = [gradients() for _ in range(3)][-1]
+        torch.testing.assert_close(gradients(nchw), expected)
 
 
 class Traffic(TorchDispatchMode):

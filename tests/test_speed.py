@@ -140,6 +140,49 @@ def test_nothing_is_timed_where_it_must_not_be(clock, monkeypatch, call):
     assert not clock.asked
 
 
+@pytest.mark.parametrize("call", [conv, train])
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_determinism_is_looked_at_in_every_call(clock, call, warn_only):
+    clock["eager"] = 0.5
+    assert ran(call)[0].backend == "eager"
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert ran(call)[0].backend == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert ran(call)[0].backend == "eager" and len(clock.asked) == 1
+
+
+def test_a_backend_that_was_not_timed_with_the_others_is_timed(clock):
+    with torch.no_grad():
+        conv()
+    path = next(store.cache_dir().glob("times-*.json"))
+    content = json.loads(path.read_text())
+    content["entries"] = dict.fromkeys(content["entries"], {"eager": 0.5, "cuda": 1.0})
+    path.write_text(json.dumps(content))
+    speed.forget()
+    assert ran(conv)[0].backend == "triton" and len(clock.asked) == 2
+
+
+def test_what_changes_the_ranking_is_a_class_of_its_own(clock, monkeypatch):
+    with torch.no_grad():
+        conv()
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        speed.forget()
+        conv()
+        conv(torch.randn(2, 8, 8, 8))
+    assert len(clock.asked) == 3
+
+
+def test_full_leaves_out_what_can_not_be_timed(clock, monkeypatch):
+    def timer(launch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("RESNET_FUSED_CALIBRATE", "full")
+    monkeypatch.setattr(speed, "cuda_timer", timer)
+    assert ran(conv)[0].backend == "triton"
+
+
 def test_a_wrong_mode_is_named(clock, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_CALIBRATE", "fast")
     with (
@@ -172,7 +215,9 @@ def test_no_memory_to_time_leaves_the_table_and_keeps_nothing(clock, monkeypatch
     assert not list(store.cache_dir().glob("times-*.json"))
 
 
-@pytest.mark.parametrize("entry", [3, {}, {"triton": 1.0}, {"eager": "1", "triton": 2.0}, {"eager": 1.0, "none": 0.5}])
+@pytest.mark.parametrize(
+    "entry", [3, {}, {"triton": 1.0}, {"eager": "1", "triton": 2.0}, {"eager": 1.0, "triton": 0.0}]
+)
 def test_kept_times_are_not_trusted_blindly(clock, entry):
     with torch.no_grad():
         conv()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..dispatch import registry
 from .export import program
@@ -68,7 +69,28 @@ def lower(model: nn.Module, example: Tensor, emit: Emit, linear: Linear) -> fx.G
     """
     with registry.backend("auto"), torch.no_grad():  # a forced backend's operators would be exported as such
         source = program(model, example).run_decompositions({})  # without in-place operators
-    return _Lowering(source, example, emit, linear).run()
+        signature = source.graph_signature
+        if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+            raise ValueError(f"model writes {', '.join(written)} in eval mode, which a snapshot can't")
+        found = _Lowering(source, example, emit, linear).run()
+        _same(found(example), model(example), example.dtype)
+    return found
+
+
+def _same(found: Any, expected: Any, dtype: torch.dtype) -> None:
+    """What the snapshot gives is what the model gives, within the folding's rounding."""
+    ours, form = tree_flatten(found)
+    theirs, wanted = tree_flatten(expected)
+    if form != wanted:
+        raise ValueError(f"model returns {wanted}, of which the snapshot made {form}: such a model can't be deployed")
+    for a, b in zip(ours, theirs, strict=True):
+        same = a == b
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            size = b.double().abs().max().item() if b.numel() else 0.0
+            error = (a.double() - b.double()).abs().max().item() if a.shape == b.shape and b.numel() else 0.0
+            same = a.shape == b.shape and a.dtype == b.dtype and error <= 64 * torch.finfo(dtype).eps ** 0.75 * size
+        if not same:
+            raise ValueError("the snapshot does not give the model's numbers on the example: it can't be deployed")
 
 
 class _Lowering:
@@ -78,6 +100,7 @@ class _Lowering:
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         names |= signature.inputs_to_lifted_tensor_constants
         self.tensors = {name: state[of] for name, of in names.items()}
+        self.form = source.call_spec.out_spec
         self.source, self.example, self.emit, self.linear = source.graph, example, emit, linear
         self.writer = Writer()
         self.written: dict[fx.Node, fx.Node] = {}
@@ -95,12 +118,11 @@ class _Lowering:
             if node.name not in self.tensors:
                 self.written[node] = self.writer.graph.placeholder(node.name)
         elif node.op == "output":
-            results = _args(node)[0]
-            found = [self._value(r) for r in results]
-            self.writer.graph.output(found[0] if len(found) == 1 else tuple(found))
-        elif node.target is aten.conv2d.default:
+            results = [self._value(r) for r in _args(node)[0]]
+            self.writer.graph.output(tree_unflatten(results, self.form))
+        elif node.target is aten.conv2d.default and self._has(*_args(node)[1:3]):
             self._convolution(node)
-        elif node.target is aten.linear.default:
+        elif node.target is aten.linear.default and self._has(*_args(node)[1:3]):
             x, weight, bias = (*_args(node), None)[:3]
             self.written[node] = self.linear(self.writer, self._value(x), self._tensor(weight), self._tensor(bias))
         elif node.target is aten.add.Tensor and self._add(node):
@@ -113,7 +135,7 @@ class _Lowering:
         x, weight, bias, stride, padding, dilation, groups = _args(node) + defaults[len(_args(node)) :]
         weight, bias, last = self._tensor(weight), self._tensor(bias), node
         bn = _only_user(node)
-        if bn is not None and bn.target is _BN and all(_is_first(user) for user in bn.users):
+        if bn is not None and bn.target is _BN and all(map(_is_first, bn.users)) and self._has(*_args(bn)[1:5]):
             scale, offset, mean, var, _, eps = _args(bn)[1:7]
             vectors = self._tensor(scale), self._tensor(offset), self._tensor(mean), self._tensor(var)
             weight, bias = folded(weight, bias, *vectors, eps)
@@ -169,6 +191,10 @@ class _Lowering:
                 self.written[node] = self.writer.keep(self.tensors[node.name].detach().clone())
         return self.written[node]
 
+    def _has(self, *nodes: fx.Node | None) -> bool:
+        """The model's own tensors, nothing computed."""
+        return all(node is None or node.name in self.tensors for node in nodes)
+
     def _tensor(self, node: fx.Node | None) -> Any:
         """A tensor of the model, or None."""
         return None if node is None else self.tensors[node.name]
@@ -187,12 +213,12 @@ def _is_first(user: fx.Node) -> bool:
 
 
 def _same_shape(a: Any, b: Any) -> bool:
-    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
         return False
     one: Tensor = a.meta["val"]
     other: Tensor = b.meta["val"]
     shapes = [tuple(t.shape) for t in (one, other)]
-    return len(shapes[0]) == len(shapes[1]) and shapes[0][1:] == shapes[1][1:] and one.dtype is other.dtype
+    return shapes[0] == shapes[1] and one.dtype is other.dtype
 
 
 def folded(

@@ -1,5 +1,6 @@
 """From an operator's call to its result: the plan that was made for calls like it, or a new one."""
 
+import contextlib
 import warnings
 from functools import partial
 from typing import Any
@@ -69,7 +70,9 @@ def decide(call: Any, first: str | None = None, failed: dict[str, str] | None = 
             return failed[name]
         if tuned is not None and tuned["backend"] == registry.PLAIN:
             return "eager was the fastest when this shape was tuned"
-        if tuned is None and times.get(name, 0.0) > times.get(registry.PLAIN, 0.0):
+        if tuned is None and times and name not in times:
+            return "it was not timed with the others"
+        if tuned is None and times and times[name] > times[registry.PLAIN]:
             return slower(name, times)
         config, reason = _configured(name, call, tuned)
         return reason
@@ -124,29 +127,37 @@ def timed(call: Any) -> dict[str, float]:
     if layer_class is None or not speed.calibrates(device):
         return {}
     found = speed.times(device, layer_class)
-    if found or trust.capturing(device) or call[0].numel() == 0:
+    if trust.capturing(device) or call[0].numel() == 0:
+        return found
+    names, lasting = _candidates(call)
+    if not names or found and set(names) <= set(found):
         return found
     try:
-        found = measured(call)
+        found = _measured(call, names)
     except Exception:  # no memory, or a launch that fails at this shape: the table of guesses serves
         return {}
-    if found:
+    if lasting:
         speed.keep_times(device, layer_class, found)
     return found
 
 
 def measured(call: Any) -> dict[str, float]:
     """`timed`, whatever was kept; empty where no backend but eager serves."""
+    names, _ = _candidates(call)
+    return _measured(call, names) if names else {}
+
+
+def _candidates(call: Any) -> tuple[list[str], bool]:
+    """The trusted backends that serve a call, and whether these are all that ever will."""
     device = call[0].device
-    names = [n for n in registry.candidates(device, call.order()) if registry.unavailable(n, device) is None]
-    names = [name for name in names if _configured(name, call)[1] is None]
-    if not names:
-        return {}
-    listener, registry.listener = registry.listener, None  # what is timed is not the model's
-    try:
-        return speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, device)
-    finally:
-        registry.listener = listener
+    there = [n for n in registry.candidates(device, call.order()) if registry.unavailable(n, device) is None]
+    reasons = {name: _configured(name, call)[1] for name in there}
+    lasting = not any(isinstance(reason, trust.Passing) for reason in reasons.values())
+    return [name for name, reason in reasons.items() if reason is None], lasting
+
+
+def _measured(call: Any, names: list[str]) -> dict[str, float]:
+    return speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, call[0].device)
 
 
 def trial(name: str, call: Any) -> speed.Launch:
@@ -201,8 +212,11 @@ def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:
                 warnings.simplefilter("ignore")
                 wrong = refused(backend, call, config)
             if wrong is None:
-                run = implementation.plan(call, config)
-                times.append((timer(partial(run, call)), backend, config))
+                with contextlib.suppress(
+                    Exception
+                ):  # one that can't launch at this shape, or lacks memory, is left out
+                    run = implementation.plan(call, config)
+                    times.append((timer(partial(run, call)), backend, config))
     if not times:
         return {"backend": None, "config": None, "ms": None, "candidates": 0}
     ms, backend, config = min(times, key=lambda t: t[0])

@@ -6,6 +6,7 @@ configuration as `tune` does.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,7 +61,11 @@ def remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
 def times(device: torch.device, layer_class: str) -> dict[str, float]:
     """Microseconds by backend, eager among them; empty where the class was not timed."""
     entry = _store("times", device).entries.get(layer_class)
-    if isinstance(entry, dict) and registry.PLAIN in entry and all(type(t) is float for t in entry.values()):
+    if (
+        isinstance(entry, dict)
+        and registry.PLAIN in entry
+        and all(type(t) is float and 0 < t < math.inf for t in entry.values())
+    ):
         return entry
     return {}
 

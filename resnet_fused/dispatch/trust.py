@@ -10,6 +10,7 @@ from .store import Store
 
 _stores: dict[torch.device, Store] = {}  # verdicts: "" where the kernels passed, else what was wrong
 _warned: set[str] = set()
+_raised: dict[tuple[str, torch.device], str] = {}  # what a check raised that says nothing about the kernel
 
 
 class Passing(str):
@@ -31,6 +32,8 @@ def refused(
     store = _stores.get(device)
     if store is None:
         store = _stores[device] = Store("verdicts", device)
+    if (key, device) in _raised:
+        return _raised[key, device]
     if key not in store.entries:
         if capturing(device):
             reason = f"{key} was not checked before a CUDA graph was captured; run the model once before capture"
@@ -48,6 +51,7 @@ def refused(
         except Exception as error:  # no compiler, no space on disk, a lost device: nothing about the kernel
             reason = f"its check raised {described(error)}"
             _warn_once(f"resnet_fused: {key} does not serve in this process: {reason}.", reason)
+            _raised[key, device] = reason
             return reason
         store[key] = verdict
     wrong = store.entries[key]
@@ -74,6 +78,7 @@ def forget() -> None:
     plans.forget()
     _stores.clear()
     _warned.clear()
+    _raised.clear()
 
 
 def capturing(device: torch.device) -> bool:

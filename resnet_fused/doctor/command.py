@@ -39,7 +39,10 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     if on_gpu:
         found["parity"], found["not_checked"] = list(parity.rows(device)), parity.lacking(device)
     else:
-        found["parity"], found["not_checked"] = parity.interpreted()
+        try:
+            found["parity"], found["not_checked"] = parity.interpreted()
+        except RuntimeError as error:
+            found["parity"], found["not_checked"] = [], {"the interpreter's part": str(error)}
     _print(_parity_table(found["parity"]))
     for name, reason in found["not_checked"].items():
         print(f"  {name} is not checked: {reason}")
@@ -50,7 +53,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     found["verdict"] = verdict(found)
     print(f"\n{found['verdict']}")
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(found, indent=1, allow_nan=False))
     return 1 if any(row["wrong"] for row in found["parity"]) else 0
 
 
@@ -127,7 +130,7 @@ def _parity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
         for name in names:
             mine = [r for r in rows if (r["operator"], r["dtype"], r["backend"]) == (operator, dtype, name)]
             wrong = next((f"{r['case']}: {r['wrong']}" for r in mine if r["wrong"]), None)
-            cells.append(wrong or (f"{max(r['share'] for r in mine):.2f}" if mine else "-"))
+            cells.append(wrong or (f"{max(r['share'] or 0.0 for r in mine):.2f}" if mine else "-"))
         table.append([operator, dtype, *cells])
     return table
 

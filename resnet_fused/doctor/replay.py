@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..dispatch import compare, registry, replay
+from ..dispatch import compare, registry, replay, trust
 from ..ops.batch_norm_act import calls, training
 from ..ops.conv_bn_act import Call
 
@@ -35,7 +35,13 @@ def run(path: Path, device: torch.device) -> int:
     lacks = registry.unavailable(backend, device)
     if lacks is not None:
         raise ValueError(f"backend {backend!r} can't run here: {lacks}")
-    with torch.no_grad():
-        wrong = compare(backend, record(*fields), config)
+    call = record(*fields)
+    if not registry.serves(backend, call.op):
+        raise ValueError(f"{path}: backend {backend!r} has no {call.op}")
+    try:
+        with torch.no_grad():
+            wrong = compare(backend, call, config)
+    except Exception as error:  # as wrong as any
+        wrong = f"it raised {trust.described(error)}"
     print(f"{kept['operator']} on {backend}\n  then  {was}\n  now   {wrong or 'right'}")
     return 1 if wrong else 0

@@ -18,6 +18,17 @@ def _plain(t: Tensor) -> bool:
     return t.__class__ in PLAIN and t.layout is torch.strided and not t.is_neg()
 
 
+def batched(t: Tensor) -> bool:
+    """Of `torch.autograd.grad(..., is_grads_batched=True)`, whose tensors have no memory."""
+    if t.__class__ is not Tensor:
+        return False
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
 def unwatched() -> bool:
     """Nothing looks at operators: no compiler, tracer, transform, dual number, mode or profiler."""
     return not (

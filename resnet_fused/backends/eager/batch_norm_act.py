@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..layout import format_of
@@ -24,16 +25,17 @@ def kernel_class(call: "StepCall", config: None) -> None:
 
 
 def plan(call: "StepCall", config: None) -> Callable[["StepCall"], tuple[Tensor, ...]]:
-    return _run
+    promises = [(promise.dtype, format_of(promise)) for promise in call.fake()]
+
+    def run(call: "StepCall") -> tuple[Tensor, ...]:
+        given = {a.data_ptr() for a in call if isinstance(a, Tensor)}  # an operator's result is none of its arguments
+        return tuple(_promised(r, *p, given) for r, p in zip(call.plain(), promises, strict=True))
+
+    return run
 
 
-def _run(call: "StepCall") -> tuple[Tensor, ...]:
-    given = {a.data_ptr() for a in call if isinstance(a, Tensor)}  # an operator's result is none of its arguments
-    return tuple(_promised(r, s, given) for r, s in zip(call.plain(), call.fake(), strict=True))
-
-
-def _promised(result: Tensor, promise: Tensor, given: set[int]) -> Tensor:
+def _promised(result: Tensor, dtype: torch.dtype, format: torch.memory_format, given: set[int]) -> Tensor:
     if result.numel() == 0:
         return result
-    result = result.to(promise.dtype).contiguous(memory_format=format_of(promise))
+    result = result.to(dtype).contiguous(memory_format=format)
     return result.clone() if result.data_ptr() in given else result

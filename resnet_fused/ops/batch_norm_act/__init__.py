@@ -28,7 +28,7 @@ from torch import Tensor
 from ...dispatch import plans, registry
 from .. import _checks
 from .._calls import BN, NO_BN
-from .._short import plain, unwatched
+from .._short import batched, plain, unwatched
 from . import calls, formulas
 from .calls import ApplyCall
 from .one_call import keyed, train
@@ -111,17 +111,18 @@ class _BatchNormAct(torch.autograd.Function):
         o, needs = ctx.o, ctx.needs_input_grad
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask, count = ctx.saved_tensors
         sums, dx = (_FUSED if o.fused else _PLAIN)[2:]
-        dy = torch.zeros_like(z) if dy is None else dy.contiguous(memory_format=torch.channels_last)
-        common = (dy, z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        dy = torch.zeros_like(z) if dy is None else dy
+        given = (z, weight, bias, mean, var, o.eps, residual, weight2, bias2, mean2, var2, mask, o.relu)
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(dy)):
             if o.group is not None:
                 raise RuntimeError("batch_norm_act: statistics gathered over processes have no second derivative")
             asked = (needs[0] or needs[10], needs[1], needs[2], *needs[5:8])
             dx, *others = formulas.differentiable_backward(
-                *common, dtotal if ctx.has_total else None, asked, o.batch_statistics
+                dy, *given, dtotal if ctx.has_total else None, asked, o.batch_statistics
             )
             dx_and_vectors = (dx if needs[0] else None, *others[:2], None, None)
             return *dx_and_vectors, *others[2:], None, None, dx if needs[10] else None, None
+        common = (dy.contiguous(memory_format=torch.channels_last), *given)
         sum_dz = sum_xhat = sum_rhat = None
         if o.batch_statistics or any(needs[i] for i in (1, 2, 6, 7)):
             sum_dz, sum_xhat, sum_rhat = sums(*common)

@@ -97,7 +97,7 @@ class Step(tuple[Any, ...]):
 
     def key(self) -> Hashable:
         """All that a plan depends on."""
-        return self.step, metadata(self)
+        return self.step, metadata(self), torch.are_deterministic_algorithms_enabled()
 
     def order(self) -> str:
         return "batch_norm"

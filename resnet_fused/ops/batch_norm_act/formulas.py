@@ -143,8 +143,15 @@ def differentiable_backward(
     inputs = (z, weight, bias, residual, weight2, bias2)
     # aliases, so that no path from y leads to one of them through another: z may come from the same weight
     z, weight, bias, residual, weight2, bias2 = (t if t is None else t.view_as(t) for t in inputs)
-    y = through(z, weight, bias, mean, var)
-    y2 = residual if mean2 is None else through(residual, weight2, bias2, mean2, var2)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create_graph:  # saved tensors come without their need of gradients where no graph is asked for
+            given = (z, weight, bias, residual, weight2, bias2)
+            z, weight, bias, residual, weight2, bias2 = (
+                None if t is None else t.detach().requires_grad_() for t in given
+            )
+        y = through(z, weight, bias, mean, var)
+        y2 = residual if mean2 is None else through(residual, weight2, bias2, mean2, var2)
     dz = dy
     if relu and relu_mask is not None:
         dz = torch.where(_unpack(relu_mask, dy.shape), dy, 0)
@@ -153,7 +160,7 @@ def differentiable_backward(
 
     def gradients(y, inputs, needs):
         asked = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(y, asked, dz, create_graph=True) if asked else ())
+        found = iter(torch.autograd.grad(y, asked, dz, retain_graph=True, create_graph=create_graph) if asked else ())
         return [next(found) if needed else None for needed in needs]
 
     dx, *vectors = gradients(y, (z, weight, bias), needs[:3])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import plans, registry, speed
-from .._short import plain, unwatched
+from .._short import batched, plain, unwatched
 from . import calls, formulas
 from .training import BackwardCall, TrainingCall
 
@@ -18,10 +18,11 @@ _DIFFERENTIABLE = ("x", "weight", "bias", "residual", "residual_weight", "residu
 class Route:
     """The plans of a kind of calls."""
 
-    __slots__ = ("plan", "backward")
+    __slots__ = ("plan", "backward", "timed")
 
-    def __init__(self, plan: plans.Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: plans.Plan, timed: bool = False) -> None:
+        """timed: its calls are not the model's."""
+        self.plan, self.timed = plan, timed
         self.backward: dict[Hashable, plans.Plan] = {}
 
 
@@ -38,7 +39,7 @@ def keyed(call: TrainingCall) -> tuple:
             None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.__class__, t.data_ptr() & 15)
             for t in call[7:12]
         ],
-        *(call.eps, call.two_bn, call.relu, registry._forced),
+        *(call.eps, call.two_bn, call.relu, registry._forced, torch._C._get_deterministic_algorithms()),
         None
         if (t := call.pre_add) is None
         else (t.shape, t.stride(), t.dtype, t.device, t.__class__, t.data_ptr() & 15),
@@ -61,7 +62,7 @@ def train(key: Hashable, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def _eager(choice: registry.Choice, call: TrainingCall) -> Tensor | tuple[Tensor, Tensor]:
-    registry.record(call.op, choice)
+    registry.record(call.op, choice, call)
     return call.eager()
 
 
@@ -71,7 +72,7 @@ def trial(backend: str, call: TrainingCall) -> Callable[[], None]:
     serves = TrainingCall.eager
     if backend != registry.PLAIN:
         plan = registry.implementation(backend, call.op).plan(call, None)
-        serves = partial(run, Route(plans.Plan(registry.Choice(backend, ()), plan)))
+        serves = partial(run, Route(plans.Plan(registry.Choice(backend, ()), plan), timed=True))
 
     def launch() -> None:
         copy = next(calls)
@@ -100,7 +101,7 @@ class _Train(torch.autograd.Function):
         if route is None:
             results = dispatch.serve(call)
         else:
-            if registry.listener is not None:
+            if registry.listener is not None and not route.timed:
                 registry.listener(call.name, route.plan.choice, call)
             results = route.plan.run(call)
         y, mask, total, mean, var, mean2, var2 = results
@@ -117,7 +118,7 @@ class _Train(torch.autograd.Function):
         z, weight, bias, mean, var, residual, weight2, bias2, mean2, var2, mask = ctx.saved_tensors
         dy = torch.zeros_like(z) if dy is None else dy
         bn = (z, weight, bias, mean, var, ctx.eps, residual, weight2, bias2, mean2, var2)
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or batched(dy):  # create_graph, is_grads_batched
             asked = (needs[0] or needs[6], *needs[1:6])
             dx, *others = formulas.differentiable_backward(dy, *bn, mask, ctx.relu, dtotal, asked, True)
             return None, None, dx if needs[0] else None, *others, dx if needs[6] else None
@@ -144,8 +145,10 @@ def _gradients(route: Route | None, call: BackwardCall) -> tuple[Tensor, ...]:
         return *calls.backward_dx(*call.dx(sums)), *sums
     if route is None:
         return dispatch.serve(call)
-    dy, dtotal = call.dy, call.dtotal
-    kind = (
+    dy, dtotal, z, residual = call.dy, call.dtotal, call.z, call.residual
+    kind = (  # of z and the residual too: hooks on saved tensors may give them back in another layout
+        *(z.stride(), z.dtype, z.data_ptr() & 15),
+        None if residual is None else (residual.stride(), residual.dtype, residual.data_ptr() & 15),
         *(dy.stride(), dy.dtype, dy.data_ptr() & 15, call.need_dx, call.need_dresidual, registry._forced),
         None if dtotal is None else (dtotal.stride(), dtotal.dtype, dtotal.data_ptr() & 15),
     )

@@ -36,7 +36,7 @@ from ... import dispatch
 from ...dispatch import plans, registry
 from .. import _checks
 from .._library import register
-from .._short import plain, unwatched
+from .._short import batched, plain, unwatched
 from .call import SCHEMA, Call, Pair, fake, out_shape, reference
 
 __all__ = ["Call", "conv_bn_act", "out_shape", "reference"]
@@ -86,7 +86,7 @@ class _ConvBNAct(torch.autograd.Function):
 
 def _scaled(dz: Tensor, scale: Tensor) -> Tensor:
     """dz * scale, rounded once to dz's dtype, in one pass."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or batched(dz):
         return (dz.float() * scale).to(dz.dtype)
     return torch.mul(dz, scale, out=torch.empty_like(dz))
 
@@ -155,7 +155,7 @@ def conv_bn_act(
             *(eps, stride, padding, dilation, groups, act, registry._forced),
             torch._C._get_fp32_precision_getter("cuda", "conv") if x.dtype is torch.float32 else None,
             *(_get_cudnn_enabled(), _get_cudnn_deterministic()),
-            _get_deterministic_algorithms() and not _get_deterministic_algorithms_warn_only(),
+            *(_get_deterministic_algorithms(), _get_deterministic_algorithms_warn_only()),
         )
         plan = plans.short.get(key)
         if plan is not None:

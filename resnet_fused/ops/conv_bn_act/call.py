@@ -125,7 +125,7 @@ class Call(_Fields):
     def key(self) -> Hashable:
         """All that a plan depends on."""
         settings = torch.backends.cudnn
-        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode() == 2
+        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode()
         return metadata(self), self.allow_tf32(), flags
 
     def order(self) -> str:
@@ -146,6 +146,8 @@ class Call(_Fields):
     def _problem(self, *images: object) -> str:
         numbers = (*images, *self.weight.shape, *self.stride, *self.padding, *self.dilation, self.groups)
         flags = f"{'+add' if self.residual is not None else ''}{'+relu' if self.relu else ''}"
+        flags += "+tf32" * self.allow_tf32() + "+benchmark" * torch.backends.cudnn.benchmark
+        flags += "" if self.x.is_contiguous(memory_format=torch.channels_last) else "+nchw"
         return f"{str(self.x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}"
 
     def trial(self, backend: str) -> Callable[[], Tensor]:
