@@ -64,9 +64,11 @@ def check(model: nn.Module, example: Tensor, done: str) -> None:
 
 def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """torch.export's, for any N."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # it imports sympy
+
     found = torch.export.export(model, (_twice(example),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     given = next(n for n in found.graph.nodes if n.name in found.graph_signature.user_inputs)
-    if isinstance(given.meta["val"].shape[0], int):
+    if is_concrete_int(given.meta["val"].shape[0]):
         raise ValueError("model fixes the number of images (it makes an int of it): its graph serves no other")
     return found
 
