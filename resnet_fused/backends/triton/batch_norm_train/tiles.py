@@ -20,7 +20,7 @@ def tiling(M: int, C: int, programs: int, max_tiles: int | None = None) -> tuple
     every GPU.
     """
     block_c = _block_c(C)
-    block_m = _TILE // block_c
+    block_m = min(512, _TILE // block_c)  # the interpreter adds a tile's rows one by one
     row_tiles, blocks = triton.cdiv(M, block_m), triton.cdiv(C, block_c)
     tiles = triton.cdiv(row_tiles, _most_splits(C, programs))
     tiles = tiles if max_tiles is None else min(tiles, max_tiles)
