@@ -204,6 +204,7 @@ def test_backend_that_is_not_there(fails, photo, checkpoint):
 
 def test_a_backend_of_the_environment_that_does_not_exist(fails, output, photo, monkeypatch):
     monkeypatch.setattr(registry, "_forced", "bad")
+    monkeypatch.setitem(registry._asked, None, "bad")
     monkeypatch.setattr(cli, "_default_weights", lambda model: pytest.fail("looked for weights"))
     reason = "there is no backend 'bad', RESNET_FUSED_BACKEND must be one of auto, cuda, triton"
     assert reason in fails("predict", photo)

@@ -320,7 +320,7 @@ def test_forced_it_says_why_two_passes_serve(on_cpu, monkeypatch):
         torch.testing.assert_close(y, reference(x, weight, *BN, **options))
         assert reason in said[-1].rejected[0][1] and "in one pass" in said[-1].rejected[0][1]
         monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
-        monkeypatch.setitem(registry._ORDER, "conv", ("cuda",))
+        monkeypatch.setattr(registry, "_ORDER", dict.fromkeys(registry._ORDER, ("cuda",)))
         passes.clear()
         ops.conv_bn_act(x, weight, *BN, **options)
         assert said[-1].backend == "eager" and reason in said[-1].rejected[0][1] and not passes
