@@ -2,17 +2,15 @@
 
 import collections
 import copy
-import importlib.util
 import io
 import operator
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import zoo
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -20,10 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fused
-
-_spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parent.parent / "benchmarks" / "zoo.py")
-zoo = sys.modules["zoo"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(zoo)
 
 X = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
 
