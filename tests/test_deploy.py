@@ -1,7 +1,9 @@
 """deploy: a snapshot that gives the model's numbers, holds its own tensors, and refuses what it can't be made of."""
 
 import copy
+import functools
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -10,8 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused
-from resnet_fused import cli, deploy, export
+from resnet_fused import cli, export
+from resnet_fused.deploy import engines
 from resnet_fused.dispatch import speed, store, trust
+
+deploy = functools.partial(resnet_fused.deploy, engine="pytorch")  # the others take seconds
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -87,9 +92,13 @@ def test_convolutions_take_bn_add_and_relu_with_them():
     graph = deploy(drawn(resnet_fused.resnet18()), X)._run.graph
     names = [n.target.name() for n in graph.nodes if n.op == "call_function"]
     assert names.count("mkldnn::_convolution_pointwise") == 12
-    assert names.count("mkldnn::_convolution_pointwise.binary") == 8
+    assert names.count("mkldnn::_convolution_pointwise_.binary") == 7  # into the addend
+    assert (
+        names.count("mkldnn::_convolution_pointwise.binary") == 1
+    )  # the pooled one's, which the next convolution made
     assert set(names) <= {
         *("mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise.binary", "mkldnn::_linear_pointwise"),
+        "mkldnn::_convolution_pointwise_.binary",
         *("aten::max_pool2d", "aten::adaptive_avg_pool2d", "aten::reshape", "aten::sym_size.int"),
     }
 
@@ -199,6 +208,69 @@ def test_on_a_gpu_it_is_a_graph_of_fused_convolutions(name, monkeypatch, tmp_pat
     torch.backends.cudnn.allow_tf32 = True
     assert name == "odd" or len(served._run._captured) == 2
     trust.forget(), speed.forget()
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_engine_gives_the_models_numbers_for_any_batch(name, dtype):
+    pytest.importorskip(name, reason='needs pip install ".[peers]"')
+    model, x = drawn(resnet_fused.cifar_resnet20()).to(dtype), X.to(dtype)
+    if name == "onnxruntime" and dtype == torch.bfloat16:
+        with pytest.raises(resnet_fused.BackendUnavailable, match="have no torch.bfloat16"):
+            resnet_fused.deploy(model, x, engine=name)
+        return
+    served = resnet_fused.deploy(model, x, engine=name)
+    assert served.engine == name
+    with torch.no_grad():
+        for given in (x, x[:1], torch.cat([x, x, x]), x.contiguous(memory_format=torch.channels_last)):
+            y, expected = served(given), model(given)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, expected, rtol=0, atol=64 * torch.finfo(dtype).eps ** 0.75)
+    with pytest.raises(ValueError, match=rf"of the example's size \(3, 32, 32\), got \(3, 48, 48\): {name} serves one"):
+        served(F.pad(x, (8, 8, 8, 8)))
+
+
+def test_the_fastest_engine_serves_and_a_wrong_one_is_out(monkeypatch):
+    model = drawn(resnet_fused.cifar_resnet20())
+    expected = model(X)
+    wrong, right = (lambda m, x: lambda x: 2 * m(x)), (lambda m, x: lambda x: m(x))
+    module = sys.modules["resnet_fused.deploy"]  # the name is the function's
+    monkeypatch.setattr(module, "ENGINES", {"wrong": wrong, "right": right})
+    for times, engine in (({"right": 1.0, "pytorch": 2.0}, "right"), ({"right": 2.0, "pytorch": 1.0}, "pytorch")):
+        monkeypatch.setattr(module, "_milliseconds", lambda runs, x, times=times: times)
+        served = resnet_fused.deploy(model, X)
+        assert served.engine == engine and "right 1.00 ms" in repr(served) or engine == "pytorch"
+        assert "does not give the model's numbers" in served.candidates["wrong"]
+        torch.testing.assert_close(served(X), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="does not give the model's numbers"):
+        resnet_fused.deploy(model, X, engine="wrong")
+    with pytest.raises(ValueError, match="engine must be one of auto, pytorch, wrong, right; got 'tvm'"):
+        resnet_fused.deploy(model, X, engine="tvm")
+
+
+def test_an_addend_that_is_read_later_keeps_its_values():
+    class Read(nn.Module):
+        def __init__(self, when):
+            super().__init__()
+            self.when, self.a, self.b, self.c = when, *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            a = self.a(x)
+            seen = a.flatten(1)
+            b = F.relu(self.c(self.b(a)) + a)
+            if self.when == "output":
+                return b, a
+            return {"later": lambda: b + a.mean(), "view": lambda: b.flatten(1) * seen, "never": lambda: b}[self.when]()
+
+    for when in ("later", "view", "output", "never"):
+        model = drawn(Read(when))
+        served = deploy(model, X)
+        in_place = "mkldnn::_convolution_pointwise_.binary" in [
+            n.target.name() for n in served._run.graph.nodes if n.op == "call_function"
+        ]
+        assert in_place == (when == "never")
+        torch.testing.assert_close(served(X), model(X), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(served(X), model(X), rtol=1e-4, atol=1e-4)
 
 
 def onnx_of(path):

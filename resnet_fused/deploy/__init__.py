@@ -1,10 +1,14 @@
 """A snapshot of a model for serving: it holds its own folded, packed copies; later edits of the model don't reach it.
 
 On the CPU every convolution is oneDNN's on a packed weight, with add and ReLU in its epilogue: its ReLU makes 0 of
-NaN, which eager's does not. On a GPU every convolution is one `conv_bn_act` by the fastest backend there, and each
-kind of input a CUDA graph.
+NaN, which eager's does not. Where ONNX Runtime or OpenVINO are installed they are timed beside it on the example, and
+the fastest serves. On a GPU every convolution is one `conv_bn_act` by the fastest backend there, and each kind of input
+a CUDA graph.
 """
 
+import ctypes
+import platform
+import time
 from typing import Any, NoReturn
 
 import torch
@@ -12,26 +16,38 @@ from torch import Tensor, fx, nn
 
 from .. import ops
 from ..graphs import Graphed
+from .engines import ENGINES, Run
 from .export import check, export
-from .lower import Conv, Writer, lower
+from .lower import Conv, Writer, lower, same
 
 __all__ = ["Deployed", "deploy", "export"]
+
+ROUNDS = 8  # of timing
 
 
 class Deployed:
     """A callable snapshot: [N, C, H, W] -> what the model returned, without gradients.
 
-    N may vary; H and W as in the example, where the model's own code depends on them.
+    N may vary; H and W are the example's where another engine than PyTorch serves, or where the model's own code
+    depends on them.
+
+    Attributes:
+        engine: what serves: "pytorch", "onnxruntime" or "openvino".
+        candidates: engine -> milliseconds of the example where several were timed, or why it was out.
     """
 
-    def __init__(self, graph: fx.GraphModule, example: Tensor) -> None:
-        self._takes = example.dim(), example.dtype, example.device
-        self._run: Any = graph.eval()
+    def __init__(self, run: Any, example: Tensor, engine: str, candidates: dict[str, float | str]) -> None:
+        self._takes, self._shape = (example.dim(), example.dtype, example.device), example.shape
+        self._run, self.engine, self.candidates = run, engine, candidates
         with torch.inference_mode():
-            graphs = example.is_cuda and isinstance(graph(example), Tensor)
+            graphs = example.is_cuda and isinstance(run(example), Tensor)
         if graphs:
-            self._run = Graphed(graph)
+            self._run = Graphed(run)
             self._run.capture(example)
+
+    def __repr__(self) -> str:
+        found = (f"{k} {v:.2f} ms" if isinstance(v, float) else f"{k}: {v}" for k, v in self.candidates.items())
+        return f"Deployed(engine={self.engine!r}; {', '.join(found)})" if self.candidates else "Deployed()"
 
     def __call__(self, x: Tensor) -> Any:
         if not isinstance(x, Tensor) or (x.dim(), x.dtype, x.device) != self._takes:
@@ -39,6 +55,11 @@ class Deployed:
             dims, dtype, device = self._takes
             raise ValueError(
                 f"x must be a tensor of {dims} dimensions, {dtype}, on {device} as the example; got {given}"
+            )
+        if self.engine != "pytorch" and x.shape[1:] != self._shape[1:]:
+            raise ValueError(
+                f"x must be of the example's size {tuple(self._shape[1:])}, got {tuple(x.shape[1:])}: "
+                f'{self.engine} serves one size, deploy(..., engine="pytorch") any'
             )
         with torch.inference_mode():
             return self._run(x)
@@ -52,24 +73,79 @@ class Deployed:
             self._run.capture(example)
 
 
-def deploy(model: nn.Module, example: Tensor) -> Deployed:
+def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deployed:
     """A snapshot of `model` that is as fast as this package can make it on the example's device.
 
     Args:
         model: in eval mode, of this package, torchvision, timm or your own; anything that torch.export takes.
         example: [N, C, H, W] as it will be served, on the model's device and of its dtype.
+        engine: on the CPU "pytorch", "onnxruntime", "openvino", or "auto": the fastest on the example of those that are
+            installed and give the model's numbers. On a GPU "pytorch" serves.
 
     Returns:
         A callable that gives the model's results within rounding; BN is folded in float64.
 
     Raises:
         ValueError: the model is in train mode, on the meta device, on another device than the example or of another
-            dtype, compiled or scripted, or its weights are not finite.
+            dtype, compiled or scripted, or its weights are not finite; there is no such engine.
+        BackendUnavailable: the engine that was asked for can't serve this.
     """
+    if engine not in ("auto", "pytorch", *ENGINES):
+        raise ValueError(f"engine must be one of auto, pytorch, {', '.join(ENGINES)}; got {engine!r}")
     _check(model, example)
-    on_gpu = example.is_cuda
-    graph = lower(model, example, _fused if on_gpu else _packed, _linear if on_gpu else _packed_linear)
-    return Deployed(graph, example)
+    if engine in ENGINES:
+        return Deployed(_by(engine, model, example), example, engine, {})
+    if example.is_cuda:
+        return Deployed(lower(model, example, _fused, _linear).eval(), example, "pytorch", {})
+    run = _adding_in_place(lower(model, example, _packed, _packed_linear)).eval()
+    _keep_freed_memory()
+    if engine == "pytorch" or not isinstance(model(example), Tensor):
+        return Deployed(run, example, "pytorch", {})
+    runs, candidates = _candidates(model, example)
+    runs["pytorch"] = run
+    candidates |= _milliseconds(runs, example) if len(runs) > 1 else {}
+    fastest = min(runs, key=lambda name: candidates.get(name, 0))
+    return Deployed(runs[fastest], example, fastest, candidates)
+
+
+def _by(engine: str, model: nn.Module, example: Tensor) -> Run:
+    """An engine's run, which gives the model's numbers on the example."""
+    with torch.inference_mode():
+        run, expected = ENGINES[engine](model, example), model(example)
+        same(run(example), expected, example.dtype)
+    return run
+
+
+def _candidates(model: nn.Module, example: Tensor) -> tuple[dict[str, Any], dict[str, float | str]]:
+    """The other engines that serve the model, and why the rest don't."""
+    runs: dict[str, Any] = {}
+    out: dict[str, float | str] = {}
+    for name in ENGINES:
+        try:
+            runs[name] = _by(name, model, example)
+        except Exception as error:  # whatever another package makes of the model: this one serves it
+            out[name] = str(error).partition("\n")[0]
+    return runs, out
+
+
+def _milliseconds(runs: dict[str, Any], example: Tensor) -> dict[str, float]:
+    """The least of several rounds, in turn."""
+    found = dict.fromkeys(runs, float("inf"))
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run(example)
+                found[name] = min(found[name], 1e3 * (time.perf_counter() - start))
+    return found
+
+
+def _keep_freed_memory() -> None:
+    """Activations come from memory that the process has: fresh pages cost up to a fifth of a pass. glibc only."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
 
 
 def _check(model: nn.Module, example: Tensor) -> None:
@@ -102,6 +178,24 @@ def _packed(writer: Writer, conv: Conv) -> fx.Node:
     binary = torch.ops.mkldnn._convolution_pointwise.binary
     activation = "relu" if conv.relu else None
     return writer.call(binary, conv.x, conv.addend, *held, *geometry, "add", 1.0, activation, [], None)
+
+
+def _adding_in_place(graph: fx.GraphModule) -> fx.GraphModule:
+    """A convolution's addend that nothing reads later takes the sum: fewer bytes, and none of them new to the cache."""
+    mkldnn = torch.ops.mkldnn
+    binary, in_place = mkldnn._convolution_pointwise.binary, mkldnn._convolution_pointwise_.binary
+    makes = {binary, in_place, mkldnn._convolution_pointwise.default}  # a tensor of their own, and no views
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in graph.graph.nodes:
+        if node.target is not binary:
+            continue
+        x, addend, *rest = node.args
+        users = [user for user in addend.users if user is not node]
+        own = addend.target in makes and x is not addend
+        if own and all(user.target in makes and order[user] < order[node] for user in users):
+            node.target, node.args = in_place, (addend, x, *rest)
+    graph.recompile()
+    return graph
 
 
 def _packs(dtype: torch.dtype) -> bool:

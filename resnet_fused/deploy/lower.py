@@ -73,11 +73,11 @@ def lower(model: nn.Module, example: Tensor, emit: Emit, linear: Linear) -> fx.G
         if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
             raise ValueError(f"model writes {', '.join(written)} in eval mode, which a snapshot can't")
         found = _Lowering(source, example, emit, linear).run()
-        _same(found(example), model(example), example.dtype)
+        same(found(example), model(example), example.dtype)
     return found
 
 
-def _same(found: Any, expected: Any, dtype: torch.dtype) -> None:
+def same(found: Any, expected: Any, dtype: torch.dtype) -> None:
     """What the snapshot gives is what the model gives, within the folding's rounding."""
     ours, form = tree_flatten(found)
     theirs, wanted = tree_flatten(expected)
@@ -111,6 +111,7 @@ class _Lowering:
         for node in self.source.nodes:
             if node not in self.done:
                 self._node(node)
+        self.writer.graph.eliminate_dead_code()
         return fx.GraphModule(self.writer.module, self.writer.graph)
 
     def _node(self, node: fx.Node) -> None:

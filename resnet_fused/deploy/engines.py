@@ -1,0 +1,86 @@
+"""Other engines for the CPU on the exported model, with PyTorch's threads: ONNX Runtime and OpenVINO."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch.registry import BackendUnavailable
+from .export import export
+
+SHAPES = 4  # compiled for each, each with weights of its own
+Run = Callable[[Tensor], Tensor]
+Engine = Callable[[nn.Module, Tensor], Run]
+
+
+def onnxruntime(model: nn.Module, example: Tensor) -> Run:
+    """The model in eval mode for any N; float32.
+
+    Raises:
+        BackendUnavailable: a package is missing, or the device or the dtype is not served.
+    """
+    ort = _module("onnxruntime", example)
+    if example.dtype != torch.float32:
+        raise BackendUnavailable(f"ONNX Runtime's CPU convolutions have no {example.dtype}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        session = ort.InferenceSession(str(_onnx(model, example, folder)), options)
+    (name,) = (given.name for given in session.get_inputs())
+    return lambda x: torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0])
+
+
+def openvino(model: nn.Module, example: Tensor) -> Run:
+    """The model in eval mode, compiled anew for a new shape of x; in half precision the float32 model computed in that.
+
+    Raises:
+        BackendUnavailable: as `onnxruntime`.
+    """
+    ov = _module("openvino", example)
+    precisions = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    if example.dtype not in precisions:
+        raise BackendUnavailable(f"OpenVINO has no {example.dtype}")
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precisions[example.dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = ov.Core()
+    with tempfile.TemporaryDirectory() as folder:
+        path = _onnx(model, example, folder)
+        read = core.read_model(path.read_bytes())
+    kept: dict[torch.Size, Callable] = {}
+
+    def run(x: Tensor) -> Tensor:
+        if x.shape not in kept:
+            while len(kept) >= SHAPES:
+                del kept[next(iter(kept))]
+            read.reshape(list(x.shape))
+            kept[x.shape] = core.compile_model(read, "CPU", settings)
+        return torch.from_numpy(kept[x.shape](x.float().contiguous().numpy())[0]).to(x.dtype)
+
+    return run
+
+
+ENGINES: dict[str, Engine] = {"onnxruntime": onnxruntime, "openvino": openvino}
+
+
+def _module(name: str, example: Tensor) -> Any:
+    if example.device.type != "cpu":
+        raise BackendUnavailable(f"{name} serves the CPU here, the example is on {example.device}")
+    try:
+        for needed in ("onnx", "onnxscript", name):
+            module = __import__(needed)
+    except ImportError as error:
+        raise BackendUnavailable(f"{needed} does not load ({error}): pip install {needed}") from None
+    return module
+
+
+def _onnx(model: nn.Module, example: Tensor, folder: str) -> Path:
+    model = copy.deepcopy(model).float()
+    return export(model, example.float().contiguous(), Path(folder) / "model.onnx")
