@@ -1,5 +1,6 @@
 """resnet-fused train on weights that are there, by the recipes beside the papers', and ended by signals."""
 
+import json
 import os
 import re
 import shlex
@@ -63,6 +64,16 @@ def test_another_number_of_classes_gets_another_classifier(run, weights, capsys)
             torch.testing.assert_close(value, state[name], rtol=0, atol=1e-3)
     os.remove(path)  # what the run needs of it is in its checkpoint
     run("run", "--resume", "--iterations", "3", "--lr", "1e-6")
+
+
+def test_a_fine_tuned_run_is_evaluated_on_crops(run, weights, tmp_path, capsys):
+    options = ("--init", weights[0], "--model", "cifar_resnet20", "--data", image_folder(tmp_path / "images"))
+    out = run("run", *FINETUNE, *options, "--iterations", "1", "--batch", "2")
+    capsys.readouterr()
+    assert cli.main(["eval", str(out), "--device", "cpu", "--workers", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "crop of 224" in found["views"]
+    assert found["top1_error"] == pytest.approx(checkpoint.read(out)["evaluation"][1])
 
 
 def test_from_a_run_its_model_normalisation_and_classes(run, tmp_path, capsys):

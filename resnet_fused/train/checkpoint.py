@@ -63,6 +63,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of resnet-fused train")
+    content.setdefault("crop", 224 if content["config"]["recipe"] == "imagenet" else None)  # of runs before that key
     return content
 
 

@@ -209,10 +209,10 @@ class Settings:
             if getattr(self, name) is None:
                 setattr(self, name, config.get(name))
         for f in fields(self):
-            own, its = getattr(self, f.name), config.get(f.name)
+            own, its = getattr(self, f.name), config.get(f.name, "unknown")
             if f.name == "iterations" and own > its:
                 continue
-            if f.name not in config or own != its:
+            if own != its:
                 also = f"; more iterations may follow, it stands at {step}" if f.name == "iterations" else ""
                 raise ValueError(f"{f.name} is {own!r}, and {its!r} in the run: a resumed run keeps its settings{also}")
 
