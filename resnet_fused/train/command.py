@@ -140,7 +140,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute these again in the backward pass, not keep them; default: keep all",
     )
     run.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="processes that read images; default: %(default)s"
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read images; default here: %(default)s",
     )
 
 
