@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except _EXPECTED as error:
+        _wait_for_rank_0()
         print(f"resnet-fused: error: {_error_line(error)}", file=sys.stderr)
         return 2
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        _wait_for_rank_0()
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _wait_for_rank_0() -> None:
+    """torchrun ends the other processes when one failed: where all fail alike, the first alone says why."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -82,7 +92,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from . import train
 
         train.add_arguments(command)
-        command.set_defaults(run=train.main)
+        command.set_defaults(run=lambda args: train.main(args, _device(args.device)))
 
     command = commands.add_parser("eval", help="top-1 and top-5 error of trained networks")
     if "eval" in argv:

@@ -13,6 +13,7 @@ from PIL import Image
 from skimage import data as photographs
 from torch import Tensor, nn
 from torchvision.transforms import functional as tvf
+from torchvision.transforms import v2
 
 from resnet_fused import models
 from resnet_fused.analysis import ShortcutOnly, gradient_norms, lesions, responses
@@ -29,7 +30,7 @@ from resnet_fused.evaluation import (
 )
 from resnet_fused.evaluation.scores import _rank, _Scorer
 from resnet_fused.train import checkpoint, load_model
-from resnet_fused.train.augment import imagenet_eval
+from resnet_fused.train.augment import Normalise, center_crop
 
 CPU = torch.device("cpu")
 CLASSES = tuple(f"pattern {i}" for i in range(10))
@@ -55,6 +56,7 @@ def saved(tmp_path):
             "state_dict": model.state_dict(),
             "mean": mean,
             "std": torch.full((3, 1, 1), 0.2),
+            "crop": None if recipe == "cifar" else 224,
             "classes": list(classes),
             "config": {"recipe": recipe, "data": "synthetic:60x16"},
             "step": 1,
@@ -170,7 +172,7 @@ def test_center_crop_is_what_training_evaluates_on():
     image = noise(300, 280)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x = (CENTER.transform(image)[0][0] / 255 - mean) / std
-    torch.testing.assert_close(x, imagenet_eval()(image))
+    torch.testing.assert_close(x, v2.Compose([*center_crop(), Normalise(mean, std)])(image))
 
 
 # scores
@@ -277,9 +279,9 @@ def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
         (["nowhere"], "checkpoint nowhere: there is no such file"),
         (["{cifar}", "--data", "mnist"], "data must be cifar10"),
         (["{cifar}", "--data", "synthetic:40x32"], "takes images of 16 x 16, these are 32 x 32"),
-        (["{cifar}", "--crops", "10"], "--crops and --scales are for the recipe imagenet"),
+        (["{cifar}", "--crops", "10"], "--crops and --scales are for networks that see crops"),
         (["{cifar}", "--crops", "5"], "invalid choice"),
-        (["{cifar}", "--data", "imagefolder:x"], "an image folder is for the recipe imagenet"),
+        (["{cifar}", "--data", "imagefolder:x"], "an image folder is for networks that see crops"),
         (["{imagenet}", "--scales", "200"], "scales must be short sides from 224 on, got [200]"),
         (["{imagenet}", "--data", "imagefolder:nowhere"], "there is no nowhere/val"),
         (["{cifar}", "{imagenet}"], "they make no ensemble"),

@@ -1,6 +1,5 @@
 """resnet-fused train: runs, resumption, processes, and what goes wrong."""
 
-import csv
 import errno
 import functools
 import os
@@ -13,87 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
+from train_runs import TINY, assert_same, fails_fixture, image_folder, one_thread, rows, run_fixture  # noqa: F401
 
-from resnet_fused import cli, get_model
+from resnet_fused import get_model
 from resnet_fused.train import Settings, checkpoint, data, load_model, logs
 from resnet_fused.train.batches import make_source
 from resnet_fused.train.distributed import World
-from resnet_fused.train.recipes import make_optimizer
+from resnet_fused.train.schedule import make_optimizer
 
 CPU = torch.device("cpu")
-TINY = ("--data", "synthetic:60x16", "--batch", "8", "--device", "cpu", "--log-every", "1", "--lr", "0.05")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the subprocesses; the networks are small
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(tmp_path, capsys):
-    """Trains in the folder `name`; the folder."""
-
-    def run(name, *argv):
-        assert cli.main(["train", *TINY, "--out", str(tmp_path / name), *argv]) == 0, capsys.readouterr().err
-        return tmp_path / name
-
-    return run
-
-
-@pytest.fixture
-def fails(tmp_path, capsys):
-    """Trains in the folder `run` in vain; the last line on standard error."""
-
-    def run(*argv):
-        assert cli.main(["train", *TINY, "--out", str(tmp_path / "run"), *argv]) == 2
-        out, err = capsys.readouterr()
-        line = err.splitlines()[-1]
-        assert out == "" and line.startswith("resnet-fused: error: ") and "Traceback" not in err
-        return line
-
-    return run
-
-
-def rows(folder, name="train"):
-    """The rows of a log but for the speed."""
-    with (folder / f"{name}.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
-
-
-def assert_same(a, b):
-    """Two checkpoints' parts, to the bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        for left, right in zip(a, b, strict=True):
-            assert_same(left, right)
-    else:
-        assert a == b
 
 
 # data sets
-
-
-def image_folder(folder, broken=False):
-    generator = torch.Generator().manual_seed(0)
-    for split, name in ((s, n) for s in ("train", "val") for n in ("cat", "dog")):
-        (folder / split / name).mkdir(parents=True)
-        for i in range(3):
-            noise = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(noise.numpy()).save(folder / split / name / f"{i}.png")
-    if broken:
-        (folder / "train" / "dog" / "1.png").write_bytes(b"no image")
-    return f"imagefolder:{folder}"
 
 
 def test_workers_do_not_change_the_samples(tmp_path):
@@ -174,7 +105,7 @@ def die(*args):
 
 
 def test_dying_worker(fails, tmp_path, monkeypatch):
-    monkeypatch.setattr("resnet_fused.train.augment.imagenet_train", lambda: die)
+    monkeypatch.setattr("resnet_fused.train.augment.scale_jitter", lambda: [die])
     folder = image_folder(tmp_path / "images")
     line = fails("--recipe", "imagenet", "--model", "resnet18", "--data", folder, "--workers", "1", "--iterations", "2")
     assert "a process of the run died (DataLoader worker" in line and "--resume" in line
@@ -330,9 +261,8 @@ def test_full_disk(fails, tmp_path, monkeypatch):
 
 
 def test_missing_data(fails, tmp_path, monkeypatch):
-    monkeypatch.setenv("RESNET_FUSED_HOME", str(tmp_path / "home"))
-    assert "CIFAR-10 is not here: run `resnet-fused fetch cifar10`" in fails("--data", "cifar10")
-    assert "there is no nowhere/train" in fails("--recipe", "imagenet", "--data", "imagefolder:nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no {tmp_path}/nowhere/train" in fails("--recipe", "imagenet", "--data", "imagefolder:nowhere")
     assert not (tmp_path / "run").exists()
 
 
@@ -366,9 +296,9 @@ def test_missing_extra(fails, monkeypatch):
         (("--lr", "nan"), "lr must be a positive number, got nan"),
         (("--data", "mnist"), "data must be cifar10, cifar10:FOLDER, imagefolder:FOLDER, synthetic"),
         (("--data", "synthetic:4"), "at least 40 images of 8 x 8, got 4"),
-        (("--data", "imagefolder:x"), "an image folder goes with imagenet"),
-        (("--recipe", "imagenet", "--holdout", "5"), "holdout is for the recipes cifar and tutorial"),
-        (("--device", "mars"), "--device takes cpu"),
+        (("--data", "imagefolder:x"), "recipe cifar takes no image folder; one goes with imagenet, modern, finetune"),
+        (("--recipe", "imagenet", "--holdout", "5"), "holdout is for images that are seen whole, not for crops of"),
+        (("--device", "mars"), 'device must be "cpu", "cuda" or "cuda:N", got \'mars\''),
         (("--model-arg", "colour=red"), "does not take model_kwargs={'colour': 'red'}"),
         (("--backend", "cuda"), "backend 'cuda' was asked for"),
     ],

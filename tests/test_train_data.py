@@ -9,13 +9,14 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
 from resnet_fused import fetch
 from resnet_fused.train import Settings, data, loop
-from resnet_fused.train.augment import Lighting, crop_flip, imagenet_train
+from resnet_fused.train.augment import Lighting, Normalise, crop_flip, scale_jitter
 from resnet_fused.train.batches import make_source
 from resnet_fused.train.distributed import World
-from resnet_fused.train.recipes import Schedule
+from resnet_fused.train.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
         ({"iterations": 2500}, 2500, [1250, 1875]),
         ({"iterations": 7}, 7, [4, 5]),
         ({"recipe": "imagenet", "data": "imagefolder:x"}, 600_000, [150_000, 300_000]),
-        ({"recipe": "imagenet", "data": "imagefolder:x", "plateau": True}, 600_000, []),
+        ({"recipe": "imagenet", "data": "imagefolder:x", "schedule": "plateau"}, 600_000, []),
         ({"recipe": "tutorial"}, 3907, []),
     ],
 )
@@ -117,13 +118,17 @@ def test_imagenet_crops_come_from_many_scales():
     torch.manual_seed(0)
     image = torch.arange(300).to(torch.uint8).repeat(3, 400, 1)
     image[:, :, 256:] = 255
-    crops = [imagenet_train()(image) for _ in range(8)]
+    transform = v2.Compose([*scale_jitter(), Normalise(torch.zeros(3, 1, 1), torch.ones(3, 1, 1) / 4, lighting=True)])
+    crops = [transform(image) for _ in range(8)]
     assert all(crop.shape == (3, 224, 224) and crop.dtype == torch.float32 for crop in crops)
     slopes = [(crop[0, 0, 100] - crop[0, 0, 50]).abs().item() for crop in crops]
     assert max(slopes) > 1.3 * min(slopes)  # the ramp is stretched by 256 / 300 to 480 / 300
 
 
-def source(batch=8, world=loop.ALONE, **options):
+ALONE = World()
+
+
+def source(batch=8, world=ALONE, **options):
     return make_source(Settings(data="synthetic:60x8", batch=batch, **options), world, CPU, workers=0)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import models
@@ -82,17 +82,17 @@ def _batches(args: argparse.Namespace, network: Network, samples: Samples, devic
 def _gradients(args: argparse.Namespace, device: torch.device) -> dict[str, Values]:
     """On the first batch of the training that the network's recipe makes of the data."""
 
-    def first(recipe: str) -> tuple[tuple[str, ...], Batch]:
+    def first(recipe: str, normalization: tuple[Tensor, Tensor] | None = None) -> tuple[tuple[str, ...], Batch]:
         settings = Settings(recipe, data=args.data, batch=args.batch, seed=args.seed)
         args.data = settings.data
-        source = make_source(settings, World(), device, workers=0)
+        source = make_source(settings, World(), device, 0, normalization)
         return tuple(source.classes), next(source.train(0, 1))
 
     if args.model is None or args.weights:
         networks, _ = load(args)
         values = {}
         for n in networks:
-            classes, (x, labels) = first(n.recipe)
+            classes, (x, labels) = first(n.recipe, (n.mean, n.std))
             target = n.targets(classes).to(device)
             values[n.name] = gradient_norms(n.model.to(device), x, target[labels])
         return values

@@ -107,15 +107,15 @@ def load(args: argparse.Namespace, views: Views = CENTER) -> tuple[list[Network]
 
 
 def _views(networks: list[Network], data: str, views: Views) -> Views:
-    whole = [network.name for network in networks if network.recipe != "imagenet"]
+    whole = [network.name for network in networks if not network.crops]
     if not whole:
         return views
     if len(whole) < len(networks):
         raise ValueError(f"{whole[0]} sees whole images, the others crops: they make no ensemble")
     if views is not CENTER:
-        raise ValueError(f"--crops and --scales are for the recipe imagenet; {whole[0]} sees whole images")
+        raise ValueError(f"--crops and --scales are for networks that see crops; {whole[0]} sees whole images")
     if data.startswith("imagefolder:"):
-        raise ValueError(f"an image folder is for the recipe imagenet; {whole[0]} sees whole images of one size")
+        raise ValueError(f"an image folder is for networks that see crops; {whole[0]} sees whole images of one size")
     return SINGLE
 
 

@@ -24,6 +24,7 @@ class Network(NamedTuple):
     classes: tuple[str, ...] | None  # of the outputs; None where they are not known by name
     recipe: str  # that it was trained by
     data: str | None = None  # that it was trained on
+    crops: bool = True  # it sees crops; else whole images
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> "Network":
@@ -34,9 +35,8 @@ class Network(NamedTuple):
         """
         model, meta = load_model(path)
         config = meta["config"]
-        return cls(
-            str(path), model, meta["mean"], meta["std"], tuple(meta["classes"]), config["recipe"], config["data"]
-        )
+        known = meta["mean"], meta["std"], tuple(meta["classes"]), config["recipe"], config["data"]
+        return cls(str(path), model, *known, crops=meta["crop"] is not None)
 
     @classmethod
     def from_weights(cls, name: str, weights: WeightsArg, num_classes: int) -> "Network":

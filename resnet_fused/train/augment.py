@@ -1,4 +1,6 @@
-"""Augmentation: a batch's crops and flips on its device, and ImageNet's transforms."""
+"""Augmentation: a batch's crops and flips on its device, transforms of single images, mixtures of a batch."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4
+RESIZE, CROP = 256, 224  # the short side and the centre that a network is tested on
 
 
 def crop_flip(x: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
@@ -48,29 +51,71 @@ class Lighting(v2.Transform):
         return inpt + params["shift"][:, None, None]
 
 
-def imagenet_train() -> v2.Compose:
-    """Short side drawn from [256, 480], a crop of 224, a flip, colours: PIL image or uint8 tensor -> [3, 224, 224]."""
-    return v2.Compose(
-        [
-            v2.RandomShortestSize(list(range(256, 481))),
-            v2.RandomCrop(224),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            Lighting(),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+class Normalise(v2.Transform):
+    """PIL image or uint8 tensor -> float32 [3, H, W], scaled to [0, 1], less mean, over std: [3, 1, 1] or [3, H, W].
+
+    Args:
+        lighting: shift the colours first, see `Lighting`.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, lighting: bool = False) -> None:
+        super().__init__()
+        steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        self._scale = v2.Compose([*steps, Lighting()] if lighting else steps)
+        self._mean, self._std = mean, std
+
+    def forward(self, image: Any) -> Tensor:
+        return (self._scale(image) - self._mean) / self._std
 
 
-def imagenet_eval() -> v2.Compose:
-    """Short side 256, the centre 224: a PIL image or uint8 tensor -> [3, 224, 224]."""
-    return v2.Compose(
-        [
-            v2.Resize(256),
-            v2.CenterCrop(224),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+def scale_jitter() -> list[v2.Transform]:
+    """The first paper's: the short side drawn from [256, 480], a crop of 224, a flip."""
+    sides = list(range(RESIZE, 481))
+    return [v2.RandomShortestSize(sides), v2.RandomCrop(CROP), v2.RandomHorizontalFlip()]
+
+
+def resized_crop() -> list[v2.Transform]:
+    """Inception's: 8 to 100 % of the image, its sides 3:4 to 4:3, resized to 224, and a flip."""
+    return [v2.RandomResizedCrop(CROP), v2.RandomHorizontalFlip()]
+
+
+def pad_crop() -> list[v2.Transform]:
+    """`crop_flip` of one small image of any size."""
+    return [_PadCrop(), v2.RandomHorizontalFlip()]
+
+
+def center_crop() -> list[v2.Transform]:
+    """Short side 256, the centre 224."""
+    return [v2.Resize(RESIZE), v2.CenterCrop(CROP)]
+
+
+def rand_augment(magnitude: int) -> list[v2.Transform]:
+    """RandAugment's two operations of a strength from 0 to 10, https://arxiv.org/abs/1909.13719."""
+    return [v2.RandAugment(2, magnitude, num_magnitude_bins=11)] if magnitude else []
+
+
+class _PadCrop(v2.Transform):
+    def forward(self, image: Any) -> Any:
+        return v2.RandomCrop(v2.functional.get_size(image), padding=PAD)(image)
+
+
+class Mix:
+    """Mixup or CutMix of a batch with itself, https://arxiv.org/abs/1710.09412 and 1905.04899: one of both, evenly.
+
+    Args:
+        mixup, cutmix: of their Beta distributions; 0: never.
+        num_classes: outputs of the network.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        self._choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+
+    def __call__(self, x: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """x: [N, 3, H, W], labels: int64 [N] -> the same shape in channels_last, and float32 [N, num_classes]."""
+        if not self._choices:
+            return x, labels
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            x, labels = v2.RandomChoice(self._choices)(x, labels)
+        return x.contiguous(memory_format=torch.channels_last), labels

@@ -1,4 +1,18 @@
-"""A run's checkpoint: one file, replaced whole, from which the run goes on and its model is rebuilt."""
+"""A run's checkpoint: one file, replaced whole, from which the run goes on and its model is rebuilt.
+
+It is a dict that `torch.load(path, weights_only=True)` reads. For whoever uses the network:
+
+- `model`, `model_kwargs`: its name and arguments, as `models.get_model` takes them;
+- `state_dict`: its weights, those that were evaluated: the moving average where the run keeps one;
+- `classes`: list of the names of its outputs;
+- `mean`, `std`: of its images in [0, 1]; tensors [3, 1, 1], or [3, H, W] for images of that size only;
+- `resize`, `crop`: short side and centre of its images, 256 and 224; both None where it sees whole images;
+- `config`: the run's `Settings` as a dict (`recipe`, `data`, ...); `step`: the iterations done;
+- `evaluation`: (loss, error in percent) of the last evaluation, or None; `evaluated`: the iteration of it.
+
+For the run itself: `trained_state_dict` (None without a moving average) and `averaged` (its updates), `optimizer`,
+`schedule`, `scaler`, `rng`, `seconds`, and `window`: [N, 2], loss and error of the iterations not logged yet.
+"""
 
 import io
 import os
@@ -21,9 +35,10 @@ def save(folder: Path, content: dict[str, Any]) -> Path:
         OSError: the disk is full or not writable; the checkpoint before is as it was.
         FloatingPointError: a weight or a statistic is not finite.
     """
-    for key, tensor in content["state_dict"].items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"{key} is not finite after iteration {content['step']}")
+    for name in ("state_dict", "trained_state_dict"):
+        for key, tensor in (content.get(name) or {}).items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(f"{key} is not finite after iteration {content['step']}")
     buffer = io.BytesIO()  # torch.save itself answers a full disk with an assertion of its zip writer
     torch.save({"format": _FORMAT, **content}, buffer)
     with atomic_write(folder / NAME, "wb") as file:
@@ -32,11 +47,7 @@ def save(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, from its file or its run's folder.
-
-    Keys: model, model_kwargs, state_dict; mean and std of the images in [0, 1] (tensors [3, 1, 1] or [3, H, W]);
-    classes; step; config, the run's settings; optimizer, schedule, scaler, rng; the last evaluation, and its step as
-    evaluated.
+    """The content of a checkpoint, on the CPU, from its file or its run's folder: the keys above.
 
     Raises:
         FileNotFoundError: there is none.
@@ -52,6 +63,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of resnet-fused train")
+    content.setdefault("crop", 224 if content["config"]["recipe"] == "imagenet" else None)  # of runs before that key
     return content
 
 

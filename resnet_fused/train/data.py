@@ -1,16 +1,18 @@
 """Data sets by name: CIFAR-10 and synthetic images in memory, folders in ImageNet's layout on disk."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..fetch import cached
+from ..dispatch.store import cache_dir
+from ..fetch import cached, fetch
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -27,22 +29,22 @@ class Images(NamedTuple):
     classes: tuple[str, ...]
 
 
-def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None = None) -> "Images | ImageFolder":
+def load(name: str, split: str = "train") -> "Images | ImageFolder":
     """One split of a data set.
 
     Args:
-        name: "cifar10", what `resnet-fused fetch cifar10` brought; "cifar10:FOLDER", torchvision's cifar-10-batches-py
-            in that folder; "imagefolder:FOLDER", images as train/CLASS/* and val/CLASS/*; "synthetic:COUNTxSIZE", ten
-            classes of noisy patterns, COUNT training images and a quarter as many test images (default: 4096x32).
+        name: "cifar10", what `resnet-fused fetch cifar10` brings, fetched where it is missing; "cifar10:FOLDER",
+            torchvision's cifar-10-batches-py in that folder; "imagefolder:FOLDER", images as train/CLASS/* and
+            val/CLASS/*; "synthetic:COUNTxSIZE", ten classes of noisy patterns, COUNT training images and a quarter as
+            many test images (default: 4096x32).
         split: "train" or "test"; an image folder's "test" is its val/.
-        transform: of an image folder: PIL image -> what a sample holds.
 
     Returns:
         `Images`, or for an image folder torchvision's `ImageFolder`; both have `classes`.
 
     Raises:
         ValueError: another name or split.
-        FileNotFoundError: the data are not there; the message says how to get them.
+        FileNotFoundError, FetchError: the data are not there; the message says how to get them.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
@@ -50,7 +52,7 @@ def load(name: str, split: str = "train", transform: Callable[[Any], Any] | None
     if kind == "cifar10":
         return _cifar10_folder(Path(rest), split) if rest else _cifar10(split)
     if kind == "imagefolder" and rest:
-        return _image_folder(Path(rest), split, transform)
+        return _image_folder(Path(rest), split)
     if match := re.fullmatch(r"synthetic(?::(\d+)(?:x(\d+))?)?", name):
         return _synthetic(int(match[1] or 4096), int(match[2] or 32), split)
     raise ValueError(f"data must be {KINDS}; got {name!r}")
@@ -60,7 +62,8 @@ class Loader:
     """A DataLoader whose workers' ValueErrors are the one line that says what was wrong, not their whole traceback."""
 
     def __init__(self, samples: Dataset, **options: Any) -> None:
-        self._batches = DataLoader(samples, **options)
+        # its own generator: how often batches are begun leaves the process's random numbers as they are
+        self._batches = DataLoader(samples, generator=torch.Generator().manual_seed(0), **options)
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -102,10 +105,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _cifar10(split: str) -> Images:
     folder = cached("cifar10")
     if folder is None:
-        raise FileNotFoundError(
-            "CIFAR-10 is not here: run `resnet-fused fetch cifar10`, or name the folder that holds torchvision's "
-            "cifar-10-batches-py by --data cifar10:FOLDER"
-        )
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / "cifar10.lock"):  # one of torchrun's processes fetches
+            folder = fetch("cifar10")
     content = torch.load(folder / "cifar10.pt", weights_only=True)
     return Images(content[f"{split}_images"], content[f"{split}_labels"], CIFAR10_CLASSES)
 
@@ -121,13 +123,13 @@ def _cifar10_folder(folder: Path, split: str) -> Images:
     return Images(images, torch.tensor(data.targets), tuple(data.classes))
 
 
-def _image_folder(folder: Path, split: str, transform: Callable[[Any], Any] | None) -> "ImageFolder":
+def _image_folder(folder: Path, split: str) -> "ImageFolder":
     from torchvision.datasets import ImageFolder
 
     part = folder / ("train" if split == "train" else "val")
     if not part.is_dir():
         raise FileNotFoundError(f"imagefolder:{folder} needs the folders train/CLASS and val/CLASS; there is no {part}")
-    return ImageFolder(str(part), transform, loader=_open)
+    return ImageFolder(str(part), loader=_open)
 
 
 def _open(path: str) -> Any:

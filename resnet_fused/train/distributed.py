@@ -21,6 +21,12 @@ class World(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of the processes' numbers."""
+        found = torch.tensor(number, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model whose backward averages the gradients, or the model where `average` has to do it."""
         if self.size == 1 or _by_hand(model):
@@ -31,8 +37,8 @@ class World(NamedTuple):
     def average(self, model: nn.Module) -> None:
         """Average the gradients where `wrap` could not."""
         if self.size > 1 and _by_hand(model):
-            for p in model.parameters():
-                assert p.grad is not None  # every parameter takes part in the loss
+            for p in filter(lambda p: p.requires_grad, model.parameters()):
+                assert p.grad is not None  # every one takes part in the loss
                 self.sum(p.grad).div_(self.size)
 
     def share_statistics(self, model: nn.Module) -> None:
@@ -53,6 +59,8 @@ def join(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     """This process's place among torchrun's, and its device."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
+        if device.index is not None:
+            torch.cuda.set_device(device)
         yield World(), device
         return
     if device.type == "cuda":
