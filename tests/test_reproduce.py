@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 
 from resnet_fused import cli, models
 from resnet_fused.reproduce import EXPERIMENTS, runs
+from resnet_fused.train.interrupt import Interrupted
 
 SMALL = (
     "--data",
@@ -141,6 +143,15 @@ def test_finished_runs_are_not_repeated(reproduce, folder, monkeypatch):
     assert asked == [True]
 
 
+def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def stop(*args, **kwargs):
+        raise Interrupted(signal.SIGINT, "SIGINT after iteration 1, which is saved")
+
+    monkeypatch.setattr(runs, "train", stop)
+    assert cli.main(["reproduce", "fig1", *SMALL, "-o", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "resnet-fused: fig1 was stopped by SIGINT; the same command goes on\n"
+
+
 def test_a_depth_without_its_twin_is_skipped(reproduce, folder):
     found = reproduce("fig4", *ONCE, "--depths", "18", "50")
     assert "fig4: depth 50 is skipped: there is no plain-50 to compare with" in found.err
@@ -155,7 +166,7 @@ def test_a_depth_without_its_twin_is_skipped(reproduce, folder):
         (["fig1", "--fraction", "0"], "--fraction must be above 0 and at most 1, got 0.0"),
         (["fig7", "--images", "0"], "--images must be at least 1, got 0"),
         (["fig1", "fig4"], "figure 4: .*: needs --data imagefolder:FOLDER, with train/CLASS/\\* and val/CLASS/\\*"),
-        (["fig1", "--data", "imagefolder:x"], "an image folder goes with"),
+        (["fig1", "--data", "imagefolder:x"], "recipe cifar takes no image folder"),
     ],
 )
 def test_errors(argv, message, capsys, tmp_path):

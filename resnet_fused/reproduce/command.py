@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..analysis import plots
 from ..bench.report import conditions, write_json
 from ..dispatch import registry
 from ..dispatch.store import atomic_write
+from ..train.interrupt import Interrupted
 from ..train.recipes import DTYPES
 from . import architecture, figures, runs
 from .experiments import EXPERIMENTS, Experiment
@@ -86,7 +88,12 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
             under: dict[str, Any] = {}
             rows = architecture.table(networks)
         else:
-            found = [runs.run(experiment, network, options) for network in networks]
+            try:
+                found = [runs.run(experiment, network, options) for network in networks]
+            except Interrupted as stop:
+                signal_name = signal.Signals(stop.signum).name
+                print(f"resnet-fused: {name} was stopped by {signal_name}; the same command goes on", file=sys.stderr)
+                return 128 + stop.signum
             under, rows = _conditions(experiment, found, options), _rows(experiment, found, options)
             _draw(name, experiment, found, options)
         options.out.mkdir(parents=True, exist_ok=True)
