@@ -108,6 +108,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         analysis.add_arguments(command)
         command.set_defaults(run=lambda args: analysis.main(args, _device(args.device)))
 
+    command = commands.add_parser("reproduce", help="a figure or table of the papers, from runs of your own")
+    if "reproduce" in argv:
+        from . import reproduce
+
+        reproduce.add_arguments(command)
+        command.set_defaults(run=lambda args: reproduce.main(args, _device(args.device)))
+
     command = commands.add_parser("info", help="versions, devices, and which backends are there")
     command.add_argument("--models", action="store_true", help="parameters and multiply-adds of every model instead")
     command.add_argument("--json", action="store_true", help="print JSON")

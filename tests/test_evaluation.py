@@ -2,9 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -471,14 +468,3 @@ def test_gradients_of_twins_that_are_drawn(output, tmp_path):
 def test_bad_arguments_of_analyze(saved, fails, tmp_path, argv, message):
     paths = {"cifar": saved("cifar_resnet20"), "plain": saved("cifar_plain20")}
     assert message in fails("analyze", "--out", tmp_path / "plots", *(arg.format(**paths) for arg in argv))
-
-
-def test_the_degradation_example(monkeypatch, capsys, tmp_path):
-    path = Path(__file__).parent.parent / "examples" / "degradation.py"
-    argv = "--data synthetic:40x8 --batch 8 --iterations 4 --depths 20".split()
-    monkeypatch.setattr(sys, "argv", [str(path), *argv, "--out", str(tmp_path)])
-    runpy.run_path(str(path), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["plain-20", "resnet-20"]
-    with Image.open(tmp_path / "degradation.png") as plot:
-        assert plot.size == (1200, 480)

@@ -12,6 +12,7 @@ PACKAGE = Path(resnet_fused.__file__).parent
 RANKS = [
     {"__main__"},
     {"cli"},
+    {"reproduce"},
     {"analysis"},
     {"evaluation", "doctor"},
     {"bench", "train", "__init__"},

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import resnet_fused
-from resnet_fused.models import ResNet, get_model, list_models
+from resnet_fused.models import ResNet, get_model, get_model_builder, get_model_weights, list_models
 
 CHANNELS_LAST = torch.channels_last
 
@@ -249,3 +249,85 @@ def test_pretrained_is_taken_as_torchvision_takes_it(monkeypatch):
     assert asked == [("resnet18", "IMAGENET1K_V1"), ("resnet18", None)]
     with pytest.raises(TypeError, match="pretrained"):
         resnet_fused.resnet18(weights="DEFAULT", pretrained=True)
+
+
+class TestTorchvisionsRegistry:
+    def test_names(self):
+        assert sorted(list_models(include="wide_*")) == torchvision.models.list_models(include="wide_*")
+        kinds = ["resnet*", "wide_*"]
+        expected = torchvision.models.list_models(include=kinds, exclude=["*101*", "*_2"])
+        assert sorted(list_models(include=kinds, exclude=["*101*", "*_2"])) == expected
+        assert list_models(exclude="*resne*") == [n for n in list_models() if "plain" in n]
+        assert list_models(torchvision.models) == list_models()[:10] and list_models(resnet_fused) == list_models()
+
+    def test_builders(self):
+        assert get_model_builder("resnet50") is get_model_builder("ResNet50") is resnet_fused.resnet50
+        with pytest.raises(ValueError, match="unknown model 'resnet49'; there are: resnet18"):
+            get_model_builder("resnet49")
+
+    def test_weights(self):
+        enum = torchvision.models.ResNet50_Weights
+        assert get_model_weights("resnet50") is get_model_weights(resnet_fused.resnet50) is enum
+        assert resnet_fused.get_weight("ResNet50_Weights.DEFAULT") is torchvision.models.get_weight(f"{enum.DEFAULT}")
+        for name, message in (
+            ("VGG16_Weights.DEFAULT", "a full name such as 'ResNet50_Weights.DEFAULT', .* got 'VGG16_Weights.DEFAULT'"),
+            ("DEFAULT", "got 'DEFAULT'"),
+            ("ResNet50_Weights.V3", "ResNet50_Weights has IMAGENET1K_V1, IMAGENET1K_V2"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                resnet_fused.get_weight(name)
+        with pytest.raises(ValueError, match="no weights are published for cifar_resnet20; there are of resnet18, "):
+            get_model_weights("cifar_resnet20")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """torchvision's ResNet-18 with ten classes, and a file of its weights."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    return theirs, tmp_path / "resnet18.pth"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20", "preact_resnet18"])
+def test_no_classes_are_features(name):
+    model, x = get_model(name, num_classes=0).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    assert model(x).shape == (2, model.num_features) and "fc.weight" not in model.state_dict()
+    with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
+        get_model(name, num_classes=-1)
+
+
+def test_features_of_weights(weights, monkeypatch):
+    theirs, path = weights
+    theirs.fc, x = nn.Identity(), torch.randn(2, 3, 32, 32)
+    ours = resnet_fused.resnet18(weights=path, num_classes=0).eval()
+    assert torch.equal(ours(x), theirs.to(memory_format=CHANNELS_LAST)(x))
+    published = torchvision.models.ResNet18_Weights.DEFAULT
+    state = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(type(published), "get_state_dict", lambda *args, **kwargs: state)
+    assert torch.equal(resnet_fused.resnet18(weights="DEFAULT", num_classes=0).conv1.weight, state["conv1.weight"])
+    with pytest.raises(ValueError, match="takes num_classes=1000, got num_classes=7"):
+        resnet_fused.resnet18(weights="DEFAULT", num_classes=7)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_channels_get_timms_weights(weights, tmp_path, in_chans, dtype):
+    from timm.models import adapt_input_conv
+
+    theirs, path = weights
+    torch.save(theirs.to(dtype).state_dict(), path)
+    ours = resnet_fused.resnet18(weights=path, in_chans=in_chans, num_classes=10)
+    assert torch.equal(ours.conv1.weight, adapt_input_conv(in_chans, theirs.conv1.weight).float())
+    x = torch.randn(2, in_chans, 32, 32)
+    assert ours(x).shape == (2, 10) and get_model("cifar_resnet20", in_chans=in_chans)(x).shape == (2, 10)
+    torch.save(ours.state_dict(), path)  # those are for in_chans already
+    assert torch.equal(
+        resnet_fused.resnet18(weights=path, in_chans=in_chans, num_classes=10).conv1.weight, ours.conv1.weight
+    )
+    if in_chans != 3:
+        with pytest.raises(ValueError, match="conv1.weight is .*, the model's is .64, 7, 7, 7."):
+            resnet_fused.resnet18(weights=path, in_chans=7, num_classes=10)
+    with pytest.raises(ValueError, match="in_chans must be at least 1, got 0"):
+        resnet_fused.resnet18(in_chans=0)

@@ -27,6 +27,7 @@ DEEPER = {  # the same blocks, more of them
     "preact_resnet18": ["preact_resnet34"],
     "preact_resnet50": ["preact_resnet101", "preact_resnet152", "preact_resnet200"],
     "cifar_preact_resnet110": [],
+    "cifar_resnet164": ["cifar_resnet1001"],
     "cifar_preact_resnet164": ["cifar_preact_resnet1001"],
 }
 
@@ -116,6 +117,7 @@ SMALL = NARROW | dict(stem="cifar")
         ("preact_resnet18", 16, 1, SMALL),
         ("preact_resnet50", 48, 1, NARROW),
         ("cifar_preact_resnet110", 8, 2, {}),
+        ("cifar_resnet164", 8, 2, {}),
         ("cifar_preact_resnet164", 8, 2, {}),
     ],
 )
@@ -159,8 +161,9 @@ def test_parameters_are_the_papers(rows):
         assert round(found, 1 if count > 1 else 2) == count
         if depth < 1202:
             assert rows[(f"cifar_plain{depth}",)]["parameters"] / 1e6 == found
-    for name, count in (("110", 1.7), ("164", 1.7), ("1001", 10.2)):
-        assert rows[(f"cifar_preact_resnet{name}",)]["parameters"] / 1e6 == pytest.approx(count, rel=0.02)
+    for depth, count in (("110", 1.7), ("164", 1.7), ("1001", 10.2)):
+        for family in ("cifar_resnet", "cifar_preact_resnet"):
+            assert rows[(f"{family}{depth}",)]["parameters"] / 1e6 == pytest.approx(count, rel=0.02)
     for name in ("plain18", "plain34"):
         twin = on_meta(name.replace("plain", "resnet"))
         projections = sum(p.numel() for n, p in twin.named_parameters() if "downsample" in n)

@@ -22,7 +22,7 @@ def draw_responses(path: Path, networks: dict[str, Values]) -> None:
         below.set(xlabel="layer, by magnitude", ylabel="std")
         above.legend()
 
-    _save(path, draw, (8, 6))
+    save(path, draw, (8, 6))
 
 
 def draw_gradients(path: Path, networks: dict[str, Values]) -> None:
@@ -35,7 +35,7 @@ def draw_gradients(path: Path, networks: dict[str, Values]) -> None:
         axes.set(xlabel="layer", ylabel="norm of the weight's gradient", yscale="log")
         axes.legend()
 
-    _save(path, draw, (8, 4))
+    save(path, draw, (8, 4))
 
 
 def draw_lesions(path: Path, networks: dict[str, tuple[float, Values]]) -> None:
@@ -50,7 +50,7 @@ def draw_lesions(path: Path, networks: dict[str, tuple[float, Values]]) -> None:
             axes.set(title=name, xlabel="block", ylabel="top-1 error (%)")
             axes.legend()
 
-    _save(path, draw, (8, 3.5 * len(networks)))
+    save(path, draw, (8, 3.5 * len(networks)))
 
 
 def _line(axes: Axes, name: str, values: list[float]) -> None:
@@ -58,10 +58,11 @@ def _line(axes: Axes, name: str, values: list[float]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _save(path: Path, draw: Callable[[Figure], None], size: tuple[float, float]) -> None:
+def save(path: Path, draw: Callable[[Figure], None], size: tuple[float, float]) -> None:
+    """What `draw` makes of a figure of that size in inches, in the format of the path's suffix."""
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     for axes in figure.axes:
         axes.locator_params("x", integer=True)
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format=path.suffix[1:], dpi=120)

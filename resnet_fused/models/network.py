@@ -23,7 +23,7 @@ class ResNet(Backbone):
     Args:
         block: `BasicBlock` or `Bottleneck`.
         layers: number of blocks in each stage.
-        num_classes: outputs of the last linear layer.
+        num_classes: outputs of the last linear layer; 0: there is none, the model gives its pooled features.
         zero_init_residual: start every residual branch at zero (https://arxiv.org/abs/1706.02677).
         groups, width_per_group: cardinality and width of the 3x3 convolutions (ResNeXt, wide ResNet).
         replace_stride_with_dilation: a flag for every stage but the first; where true, it dilates instead of striding.
@@ -35,10 +35,11 @@ class ResNet(Backbone):
         widths: of the 3x3 convolutions, stage by stage; the first is the stem's too.
         stride_in_1x1: put a stage's stride on the first 1x1 convolution, as in the paper (v1), not on the 3x3 (v1.5).
         recompute: what the backward pass computes again instead of keeping; see `set_recompute`.
+        in_chans: channels of the images; of weights for 3, the first convolution's are adapted as timm does.
         channels_last: keep the convolutions' weights in channels_last; False leaves them contiguous, for FSDP2, LBFGS
             and safetensors' own `save_file`, which refuse the other layout.
 
-    Shape: [N, 3, H, W] in either memory format -> [N, num_classes].
+    Shape: [N, in_chans, H, W] in either memory format -> [N, num_classes], or [N, num_features].
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ResNet(Backbone):
         widths: Sequence[int] = (64, 128, 256, 512),
         stride_in_1x1: bool = False,
         recompute: Recompute = None,
+        in_chans: int = 3,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -71,6 +73,10 @@ class ResNet(Backbone):
             raise ValueError(f'stem must be "imagenet", "caffe" or "cifar", got {stem!r}')
         if shortcut not in ("A", "B", "C", None):
             raise ValueError(f'shortcut must be "A", "B", "C" or None, got {shortcut!r}')
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         if zero_init_residual and shortcut is None:
             raise ValueError("zero_init_residual=True needs shortcuts: without them nothing but zeros would be left")
         self._norm_layer = norm_layer or nn.BatchNorm2d
@@ -82,9 +88,9 @@ class ResNet(Backbone):
         self.stem = stem
         self.stride_in_1x1 = stride_in_1x1
         if stem == "cifar":
-            self.conv1 = conv3x3(3, self.inplanes)
+            self.conv1 = conv3x3(in_chans, self.inplanes)
         else:
-            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_chans, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         caffe = stem == "caffe"
@@ -92,7 +98,7 @@ class ResNet(Backbone):
         self._add_stages(block, layers, widths, dilate)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.num_features = widths[-1] * block.expansion
-        self.fc = nn.Linear(self.num_features, num_classes)
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -214,17 +220,41 @@ def build(
 ) -> Network:
     """The model of that name: `network(block, layers)` with what its name and its weights ask for.
 
-    `features_only=True` among the arguments gives its `FeatureNet`, with the outputs of `out_indices`.
+    `features_only=True` among the arguments gives its `FeatureNet`, with the outputs of `out_indices`. With weights,
+    num_classes=0 leaves out their classifier, and in_chans other than 3 adapts their first convolution.
     """
     features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={out_indices} needs features_only=True")
     source = resolve(name, weights)
-    for key, value in (fixed | (source.model_kwargs if source else {})).items():
+    expected = fixed | (source.model_kwargs if source else {})
+    headless = kwargs.get("num_classes") == 0
+    if headless:
+        expected.pop("num_classes", None)
+    for key, value in expected.items():
         if kwargs.setdefault(key, value) != value:
             given = f" with weights={weights!r}" if source else ""
             raise ValueError(f"{name}{given} takes {key}={value}, got {key}={kwargs[key]}")
     model = network(block, layers, **kwargs)
     if source:
-        load_state_dict(model, source.state_dict(progress), source=source.name)
+        state = source.state_dict(progress)
+        if headless:
+            state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        if "in_chans" in kwargs and "conv1.weight" in state:
+            state = state | {"conv1.weight": _adapted(state["conv1.weight"], kwargs["in_chans"])}
+        load_state_dict(model, state, source=source.name)
     return cast(Network, FeatureNet(model, out_indices)) if features_only else model
+
+
+def _adapted(weight: Tensor, in_chans: int) -> Tensor:
+    """A first convolution's weight [O, 3, H, W] for another number of channels, as timm's `adapt_input_conv`.
+
+    One channel gets the sum; more get the three over and over, scaled so that equal channels answer as before.
+    """
+    given = weight.shape[1]
+    if in_chans == given or given != 3:  # or one for that number already, or none that can be adapted
+        return weight
+    wide = weight.float()
+    if in_chans == 1:
+        return wide.sum(1, keepdim=True).to(weight.dtype)
+    return (wide[:, torch.arange(in_chans) % 3] * (3 / in_chans)).to(weight.dtype)
