@@ -3,26 +3,28 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import host
-from .cases import SUITES, VARIANTS
 from .engine import BASELINE, DTYPES, run
 from .report import write_json
+from .variants import VARIANTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resnet-fused bench`."""
-    parser.add_argument("--model", default="resnet50", help="with --fuse also timm/resnet50d; default: %(default)s")
+    parser.add_argument(
+        "--model", help=f"with --fuse also timm/resnet50d; default: resnet50, for {host.SUITE} {', '.join(host.MODELS)}"
+    )
     parser.add_argument(
         "--fuse", action="store_true", help="the model of torchvision or timm as it is, beside itself fused"
     )
     parser.add_argument(
         "--suite",
         default="inference",
-        help=f"{', '.join(SUITES)} (one train step a call) or {host.SUITE} (of launching); default: %(default)s",
+        help="; ".join(f"{name}: {what}" for name, (what, _) in SUITES.items()) + "; default: %(default)s",
     )
     parser.add_argument("--batch", type=int, help="images a call; default: 8 on the CPU, 128 on a GPU")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on the CPU, float16 on a GPU")
@@ -41,17 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `resnet-fused bench`: 0, or 1 where a variant was refused or failed.
+    """Run `resnet-fused bench`: 0, or 1 where a variant was refused, failed, or is missing though it was asked for.
 
     Raises:
-        ValueError, ImportError, OSError: of `run`, and where the JSON file can't be written.
+        ValueError, ImportError, OSError: of the suite, and where the JSON file can't be written.
     """
-    if args.suite == host.SUITE:
-        return host.run(host.MODELS, args.rounds or host.ROUNDS)
+    if args.suite not in SUITES:
+        raise ValueError(f"--suite: unknown {args.suite!r}; there are: {', '.join(SUITES)}")
     if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         raise ValueError(f"--json {args.json}: can't write into the folder {args.json.parent}")
+    _, suite = SUITES[args.suite]
+    return suite(args)
+
+
+def _host(args: argparse.Namespace) -> int:
+    found, status = host.run([args.model] if args.model else host.MODELS, args.rounds or host.ROUNDS)
+    if args.json:
+        write_json(args.json, found)
+    return status
+
+
+def _models(args: argparse.Namespace) -> int:
     report = run(
-        args.model,
+        args.model or "resnet50",
         args.batch,
         args.dtype,
         args.device,
@@ -67,6 +81,13 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, report.to_dict())
     return 0 if report.ok else 1
+
+
+SUITES: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
+    "inference": ("the forward pass", _models),
+    "training": ("a train step", _models),
+    host.SUITE: ("what launching costs the CPU", _host),
+}
 
 
 def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
