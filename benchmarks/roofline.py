@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import BackendUnavailable, bench, ops
+from resnet_fused.bench import ceilings
+from resnet_fused.bench.ceilings import ROUNDS, SAMPLE_MS, milliseconds
 from resnet_fused.dispatch import registry
 from resnet_fused.models import get_model
 from resnet_fused.testing import as_tuple
-
-ROUNDS, SAMPLE_MS = 7, 5.0
 
 
 @dataclass
@@ -76,20 +76,6 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
     finally:
         registry.listener = before
     return list(found.values())
-
-
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    call()
-    return statistics.median(bench.time_rounds({"": call}, ROUNDS, device, min_sample_ms=SAMPLE_MS)[""])
-
-
-def machine(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Bytes and floating-point operations a second: of a device copy, reads and writes, and of a matrix product."""
-    elements, n = (2**29, 8192) if device.type == "cuda" else (2**24, 512)
-    source = torch.zeros(elements, dtype=torch.uint8, device=device)
-    target, a = torch.empty_like(source), torch.randn(n, n, device=device, dtype=dtype)
-    copy = milliseconds(lambda: target.copy_(source), device)
-    return 2e3 * elements / copy, 2e3 * n**3 / milliseconds(lambda: a @ a, device)
 
 
 def backends(device: torch.device) -> list[str]:
@@ -178,7 +164,8 @@ def measure(suite: str, model: torch.nn.Module, x: Tensor) -> dict[str, Any]:
         x: [N, 3, H, W].
     """
     device, train = x.device, suite == "training"
-    bandwidth, peak = machine(x.dtype, device)
+    found = ceilings.measured(x.dtype, device)
+    bandwidth, peak = found.bytes_per_s, found.flops_per_s
     print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {peak / 1e12:.2f} TFLOP/s", flush=True)
     model.train(train)
 

@@ -16,8 +16,10 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import bench, models
-from resnet_fused.bench import cases, engine, host, peers, timing
+from resnet_fused.bench import cases, collect, engine, host, parity, peers, timing
+from resnet_fused.bench.ceilings import Ceilings
 from resnet_fused.models.resnet import BasicBlock
+from resnet_fused.testing import CASES, OPS
 
 SMALL = dict(model="resnet18", batch=2, image_size=64, device="cpu", rounds=2)
 CPU = torch.device("cpu")
@@ -480,6 +482,82 @@ def test_default_variants_are_those_that_are_there():
     assert not {"resnet_fused-eager", "resnet_fused-cuda", "resnet_fused-triton"} & set(variants)
 
 
+def few_cases(monkeypatch):
+    from resnet_fused.bench import ops
+
+    few = [case for case in CASES if case.id in ("conv-1x1-join", "bn-two-bn-join", "bn-empty")]
+    for module in (ops, parity):
+        monkeypatch.setattr(module, "CASES", few)
+    monkeypatch.setattr(ops, "ROUNDS", 2)
+
+
+def test_parity_is_beside_pytorchs_own(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    few_cases(monkeypatch)
+    path = tmp_path / "parity.json"
+    asked = ("--suite", "parity", "--dtype", "bfloat16,float32", "--model", "resnet18", "--device", "cpu")
+    assert run_command(*asked, "--json", path) == 0
+    report = json.loads(path.read_text())
+    rows = {row["key"]: row for row in report["rows"]}
+    assert len(rows) == 8 and report["conditions"]["torch"] == torch.__version__
+    join = rows["conv-1x1-join bfloat16"]
+    assert 1e-4 < join["pytorch"]["mean"] < join["pytorch"]["max"] < 0.1
+    assert join["backends"]["eager"]["max"] == join["pytorch"]["max"]
+    assert rows["resnet18 float32"]["backends"]["eager"]["max"] == rows["resnet18 float32"]["pytorch"]["max"] < 1e-4
+    assert rows["bn-empty float32"]["pytorch"]["max"] is None and "bn-two-bn-join" in capsys.readouterr().out
+
+
+def test_parity_shows_what_is_wrong(monkeypatch, tmp_path):
+    few_cases(monkeypatch)
+    right = OPS["conv_bn_act"]
+    monkeypatch.setitem(OPS, "conv_bn_act", lambda *args, **kwargs: right(*args, **kwargs) + 0.5)
+    monkeypatch.setattr(parity, "network", lambda *args: {"what": "model", "backends": {}})
+    monkeypatch.setattr(parity, "line", str)
+    path = tmp_path / "parity.json"
+    small = ("--dtype", "float32", "--model", "resnet18", "--device", "cpu", "--json", path)
+    assert run_command("--suite", "parity", *small) == 1
+    [row] = [row for row in json.loads(path.read_text())["rows"] if row.get("name") == "conv-1x1-join"]
+    assert row["backends"]["eager"]["status"] == "refused" and row["backends"]["eager"]["max"] == pytest.approx(0.5, 1e-4)
+
+
+def test_ops_suite_has_floors_and_ratios(monkeypatch, tmp_path, capsys):
+    few_cases(monkeypatch)
+    monkeypatch.setattr("resnet_fused.bench.ceilings.measured", lambda dtype, device: Ceilings(1e9, 1e12))
+    path = tmp_path / "ops.json"
+    asked = ("--suite", "ops", "--dtype", "float32", "--variants", "eager,cuda", "--device", "cpu", "--json", path)
+    assert run_command(*asked) == 0
+    report = json.loads(path.read_text())
+    [row] = [row for row in report["rows"] if row["case"] == "conv-1x1-join"]
+    eager = row["backends"]["eager"]
+    assert row["backends"]["cuda"]["status"] == "unavailable" and eager["ratio_to_eager"] == 1
+    assert eager["share_of_floor"] == pytest.approx(row["bytes"] / 1e9 * 1e6 / eager["microseconds"])
+    assert report["conditions"]["ceilings"]["float32"]["bytes_per_s"] == 1e9 and "of floor" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="variants: unknown 'tensorrt'; the suite ops has: .*compile"):
+        run_command("--suite", "ops", "--variants", "tensorrt")
+
+
+def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
+    path, made = tmp_path / "rows.json", []
+
+    def make(key):
+        if key == "broken":
+            raise KeyboardInterrupt
+        return made.append(key) or {"value": key}
+
+    def run(keys, resume, head):
+        rows = [(key, lambda key=key: make(key)) for key in keys]
+        return collect.collect(head | {"conditions": len(made)}, rows, path, resume, lambda row: row["key"])
+
+    with pytest.raises(KeyboardInterrupt):
+        run(["a", "b", "broken"], True, {"task": "ops"})
+    assert [row["key"] for row in json.loads(path.read_text())["rows"]] == ["a", "b"]
+    report = run(["a", "b", "c"], True, {"task": "ops"})
+    assert made == ["a", "b", "c"] and [row["value"] for row in report["rows"]] == made
+    with pytest.raises(ValueError, match="--resume"):
+        run(["a"], True, {"task": "parity"})
+    assert len(run(["a"], False, {"task": "parity"})["rows"]) == 1
+
+
 def test_ops_times_right_operators_and_no_wrong_one(tmp_path):
     pytest.importorskip("pytest_benchmark")
     folder = Path(__file__).parent.parent / "benchmarks"
@@ -518,6 +596,7 @@ def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(folder))
     roofline = pytest.importorskip("roofline")
     monkeypatch.setattr(roofline, "milliseconds", lambda call, device: call() is None or 1.0)
+    monkeypatch.setattr(roofline.ceilings, "measured", lambda dtype, device: Ceilings(1e9, 1e9))
     monkeypatch.setattr(roofline, "backends", lambda device: ["cudnn", "triton"])
     monkeypatch.setattr(
         roofline.bench, "time_rounds", lambda calls, *a, **k: {n: [f() is None or 2.0] for n, f in calls.items()}

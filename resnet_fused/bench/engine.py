@@ -74,23 +74,13 @@ def run(
         raise ValueError("variants must name at least one")
     if baseline is None:
         baseline = shown[BASELINE] if shown[BASELINE] in names else names[0]
-    if not fuse:
-        _one_of("model", [model], list(TORCHVISION_ENUMS))
-    _one_of("dtype", [dtype], DTYPES)
+    check(None if fuse else model, dtype, batch, image_size, rounds)
     _one_of("variants", names, shown.values())
     _one_of("baseline", [baseline], names)
-    for argument, value, least in (
-        ("batch", batch, 1),
-        ("rounds", ROUNDS if rounds is None else rounds, 1),
-        ("image_size", image_size, 32),
-    ):
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least}, got {value}")
-
     report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target), task=suite)
     report.reference, report.rounds, report.asked = shown[BASELINE], rounds or ROUNDS, variants is not None
     with torch.cuda.device(target) if on_gpu else contextlib.nullcontext(), _cudnn_benchmark():
-        library = Originals(_torchvision()) if fuse else _torchvision()
+        library = Originals(torchvision()) if fuse else torchvision()
         if fuse:
             library.check(model)
         case = SUITES[suite](library, model, batch, image_size, DTYPES[dtype], target)
@@ -114,6 +104,16 @@ def run(
         joules = energy.get(result.variant)
         result.joules_per_image = None if joules is None else joules / batch
     return report
+
+
+def check(model: str | None, dtype: str, batch: int, image_size: int, rounds: int | None = None) -> None:
+    """ValueError for what is none; without a model its name is not looked at."""
+    if model is not None:
+        _one_of("model", [model], list(TORCHVISION_ENUMS))
+    _one_of("dtype", [dtype], DTYPES)
+    for argument, value, least in (("batch", batch, 1), ("rounds", rounds, 1), ("image_size", image_size, 32)):
+        if value is not None and value < least:
+            raise ValueError(f"{argument} must be at least {least}, got {value}")
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def _one_of(argument: str, values: Iterable[str | None], accepted: Iterable[str]
             raise ValueError(f"{argument}: unknown {value!r}; there are: {', '.join(accepted)}")
 
 
-def _torchvision() -> ModuleType:
+def torchvision() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError:

@@ -125,12 +125,7 @@ class Report:
             rows.append((r.variant, *figures, "-" if r.peak_mib is None else f"{r.peak_mib:.0f}", r.parity))
         if all(r.peak_mib is None for r in self.results):
             rows = [(*row[:-2], row[-1]) for row in rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        between = "  " if sum(widths) + 2 * len(widths) <= 82 else " "
-        lines = [head, *([self.lead()] if best is not None else []), ""]
-        for name, *cells, parity in rows:
-            padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
-            lines.append(between.join((name.ljust(widths[0]), *padded, parity)))
+        lines = [head, *([self.lead()] if best is not None else []), "", *aligned(rows)]
         wrapped = [textwrap.wrap(line, 80, subsequent_indent="  ") or [""] for line in (*lines, "", *self._notes())]
         return "\n".join(itertools.chain.from_iterable(wrapped))
 
@@ -167,6 +162,17 @@ class Report:
                 entry["ratio"] = self.ratio(result)
                 entry["ratio_quartiles"] = quartiles(result.ratios)
         return out
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row: the first and the last column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    between = "  " if sum(widths) + 2 * len(widths) <= 82 else " "
+    lines = []
+    for name, *cells, last in rows:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
+        lines.append(between.join((name.ljust(widths[0]), *padded, last)))
+    return lines
 
 
 def _digits(value: float, count: int) -> str:
