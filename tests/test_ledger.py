@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import resnet_fused
-from resnet_fused.bench import fit
+from resnet_fused.bench import fit, floors
 from resnet_fused.bench.ledger import Counting, Ledger, met, size
 
 PACKAGE = Path(resnet_fused.__file__).parent
@@ -185,3 +185,21 @@ def test_memory_is_read_with_its_unit():
     for text in ("24", "GiB", "-1GiB", "1.2.3GiB", "0MB"):
         with pytest.raises(argparse.ArgumentTypeError, match="24GiB"):
             fit.memory(text)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mb", "images"),
+    [("eager", 157.6, 27.7), ("epilogue apart", None, 44.8), ("fused", 52.7, 70.6), ("training, eager", 465, 9.4)],
+)
+def test_floors_of_resnet50_on_an_h200(scheme, mb, images):
+    """Figures that were worked out by hand: batch 256, 16 bits, 4.8 TB/s and 989 TFLOP/s; thousands of images."""
+    found = floors.totals("resnet50", 256, floors.DEVICES["h200"], scheme)
+    assert found["gflop"] == pytest.approx(8.17, abs=0.005)
+    assert mb is None or found["mb"] == pytest.approx(mb, abs=0.05 if mb < 200 else 0.5)
+    assert found["images_per_s"] / 1e3 == pytest.approx(images, abs=0.05)
+
+
+def test_floors_of_other_models_are_layer_by_layer():
+    layers = floors.layers("resnet18", 32)
+    assert len(layers) == 20 and sum(layer.joins for layer in layers) == 8
+    assert sum(layer.shortcut for layer in layers) == 3 and [layer.first for layer in layers].count(True) == 1
