@@ -1,4 +1,4 @@
-"""Lets `pytest benchmarks --benchmark-only` find ops.py, and puts the conditions into its result files."""
+"""Lets `pytest benchmarks --benchmark-only` find ops.py and models.py; puts the conditions into its result files."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from resnet_fused import bench
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--dtype", action="append", choices=bench.DTYPES, help="time the operators in this dtype only")
+    parser.addoption("--dtype", action="append", choices=bench.DTYPES, help="time in this dtype only")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if file_path.name == "ops.py" and not parent.session.isinitpath(
+    if file_path.name in ("ops.py", "models.py") and not parent.session.isinitpath(
         file_path
     ):  # a file that was named is collected anyway
         return pytest.Module.from_parent(parent, path=file_path)

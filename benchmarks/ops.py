@@ -1,36 +1,28 @@
 """Every case of `testing.CASES` under every backend that is there: microseconds, GB/s, ratio to eager.
 
-`pytest benchmarks --benchmark-only` prints the table; `python benchmarks/ops.py --out DIR` writes one file a dtype.
+`pytest benchmarks --benchmark-only` prints the table; `resnet-fused bench --suite ops` is the same without pytest.
 A call is timed as a program makes it, launch included. A case whose result is wrong fails and is not timed.
 """
 
-import argparse
 import functools
-import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from resnet_fused import BackendUnavailable, bench
-from resnet_fused.dispatch import registry
-from resnet_fused.testing import CASES, OPS, Case, as_tuple, assert_within_budget, make_inputs, nan_filled_memory
+from resnet_fused.bench import ops
+from resnet_fused.bench.ceilings import SAMPLE_MS, Ceilings, measured
+from resnet_fused.bench.ops import ROUNDS
+from resnet_fused.bench.parity import backends
+from resnet_fused.testing import CASES, Case, as_tuple, assert_within_budget, make_inputs, nan_filled_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDS = 10
-SAMPLE_MS = 5.0
 
 
 def _dtypes() -> list[str]:
     return ["float16", "bfloat16", "float32"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
-
-
-def _backends() -> list[str]:
-    there = [name for name in registry.BACKENDS if registry.unavailable(name, DEVICE) is None]
-    return [name for name in there if DEVICE.type == "cuda" or name != "triton"]  # not its interpreter
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(case, bench.DTYPES[dtype], backend, id=f"{case.id}-{dtype}-{backend}")
         for dtype in dtypes
         for case in cases
-        for backend in _backends()
+        for backend in backends(DEVICE)
     ]
     metafunc.parametrize(("case", "dtype", "backend"), params)
 
@@ -49,6 +41,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _inputs(case_id: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     case = next(case for case in CASES if case.id == case_id)
     return make_inputs(case, dtype=dtype, device=DEVICE)
+
+
+@functools.cache
+def _ceilings(dtype: torch.dtype) -> Ceilings:
+    return measured(dtype, DEVICE)
 
 
 def _timer() -> float:
@@ -62,50 +59,20 @@ def _timer() -> float:
 def test_op(benchmark: Any, record_property: Any, case: Case, dtype: torch.dtype, backend: str) -> None:
     args, kwargs = _inputs(case.id, dtype)
 
-    def call(name: str) -> object:
-        with registry.backend(name):
-            return OPS[case.op](*args, **kwargs)
-
+    calls = {name: functools.partial(ops.call, case, name, args, kwargs) for name in ("eager", backend)}
     try:
         with nan_filled_memory():
-            results = as_tuple(call(backend))
+            results = as_tuple(calls[backend]())
     except BackendUnavailable as error:
         pytest.skip(str(error))
     assert_within_budget(case, results, args, kwargs)
     del results
 
-    calls = {name: functools.partial(call, name) for name in ("eager", backend)}
     samples = bench.time_rounds(calls, ROUNDS, DEVICE, min_sample_ms=SAMPLE_MS)
-    us = statistics.median(samples[backend]) * 1e3
-    info = dict(
-        case=case.id,
-        op=case.op,
-        shape=list(case.shape),
-        dtype=str(dtype).removeprefix("torch."),
-        backend=backend,
-        microseconds=us,
-        bytes=case.bytes(dtype),
-        gb_per_s=case.bytes(dtype) / us / 1e3,
-        tflop_per_s=case.flops() / us / 1e6,
-        ratio_to_eager=statistics.median(bench.paired_ratios(samples["eager"], samples[backend])),
-    )
+    info = dict(case=case.id, op=case.op, shape=list(case.shape), dtype=str(dtype).removeprefix("torch."))
+    info |= dict(backend=backend, bytes=case.bytes(dtype))
+    info |= ops.figures(case, dtype, samples[backend], samples["eager"], _ceilings(dtype))
+    us = info["microseconds"]
     benchmark.extra_info.update(info)
     record_property("op", info)
-    benchmark.pedantic(call, (backend,), rounds=ROUNDS, iterations=max(1, round(SAMPLE_MS * 1e3 / us)), warmup_rounds=1)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--dtypes", nargs="+", choices=bench.DTYPES, default=_dtypes())
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    status = 0
-    for dtype in args.dtypes:
-        path = args.out / bench.result_name("ops", dtype, "nhwc", DEVICE)
-        status |= pytest.main([__file__, "-q", "--benchmark-only", "--dtype", dtype, f"--benchmark-json={path}"])
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    benchmark.pedantic(calls[backend], rounds=ROUNDS, iterations=max(1, round(SAMPLE_MS * 1e3 / us)), warmup_rounds=1)

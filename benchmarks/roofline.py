@@ -2,7 +2,7 @@
 
 The floor is the greater of two times: all operands and results once at the bandwidth of a device copy, and the
 multiply-adds at the speed of a large matrix product, both measured in the same run. A call is timed as a program makes
-it, launch included.
+it, launch included. With --device only the floors are computed, of a device that need not be there.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import BackendUnavailable, bench, ops
+from resnet_fused.bench import ceilings, floors
+from resnet_fused.bench.ceilings import ROUNDS, SAMPLE_MS, milliseconds
 from resnet_fused.dispatch import registry
 from resnet_fused.models import get_model
 from resnet_fused.testing import as_tuple
-
-ROUNDS, SAMPLE_MS = 7, 5.0
 
 
 @dataclass
@@ -76,20 +76,6 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
     finally:
         registry.listener = before
     return list(found.values())
-
-
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    call()
-    return statistics.median(bench.time_rounds({"": call}, ROUNDS, device, min_sample_ms=SAMPLE_MS)[""])
-
-
-def machine(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Bytes and floating-point operations a second: of a device copy, reads and writes, and of a matrix product."""
-    elements, n = (2**29, 8192) if device.type == "cuda" else (2**24, 512)
-    source = torch.zeros(elements, dtype=torch.uint8, device=device)
-    target, a = torch.empty_like(source), torch.randn(n, n, device=device, dtype=dtype)
-    copy = milliseconds(lambda: target.copy_(source), device)
-    return 2e3 * elements / copy, 2e3 * n**3 / milliseconds(lambda: a @ a, device)
 
 
 def backends(device: torch.device) -> list[str]:
@@ -178,7 +164,8 @@ def measure(suite: str, model: torch.nn.Module, x: Tensor) -> dict[str, Any]:
         x: [N, 3, H, W].
     """
     device, train = x.device, suite == "training"
-    bandwidth, peak = machine(x.dtype, device)
+    found = ceilings.measured(x.dtype, device)
+    bandwidth, peak = found.bytes_per_s, found.flops_per_s
     print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {peak / 1e12:.2f} TFLOP/s", flush=True)
     model.train(train)
 
@@ -214,6 +201,33 @@ def measure(suite: str, model: torch.nn.Module, x: Tensor) -> dict[str, Any]:
     return result
 
 
+def device_of(text: str) -> ceilings.Ceilings:
+    """A device by name, or by its GB/s and 16-bit TFLOP/s."""
+    if text in floors.DEVICES:
+        return floors.DEVICES[text]
+    try:
+        bandwidth, peak = map(float, text.split(":"))
+    except ValueError:
+        raise ValueError(
+            f"device must be one of {', '.join(floors.DEVICES)}, or GB/s:TFLOP/s, got {text!r}"
+        ) from None
+    return ceilings.Ceilings(bandwidth * 1e9, peak * 1e12)
+
+
+def print_floors(model: str, batches: list[int], device: ceilings.Ceilings, image_size: int) -> int:
+    """Every layer's floor in microseconds a batch, by scheme, and what they allow in all."""
+    for batch in batches:
+        print(f"{model}, {batch} images in 16 bits: floors in microseconds")
+        print(f"{'layer':28}" + "".join(f"{scheme:>18}" for scheme in floors.SCHEMES))
+        for layer in floors.layers(model, batch, image_size=image_size):
+            us = (batch * 1e6 * floors.seconds(layer, scheme, device) for scheme in floors.SCHEMES)
+            print(f"{layer.name:28}" + "".join(f"{value:18.1f}" for value in us))
+        found = [floors.totals(model, batch, device, scheme, image_size) for scheme in floors.SCHEMES]
+        print(f"{'MB an image':28}" + "".join(f"{total['mb']:18.1f}" for total in found))
+        print(f"{'img/s at most':28}" + "".join(f"{total['images_per_s']:18.0f}" for total in found))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=bench.SUITES, default="inference")
@@ -222,7 +236,11 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=bench.DTYPES, default="float16")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    known = ", ".join(floors.DEVICES)
+    parser.add_argument("--device", help=f"only the floors, of {known}, or GB/s:TFLOP/s, for example 1008:165")
     args = parser.parse_args()
+    if args.device is not None:
+        return print_floors(args.model, args.batches, device_of(args.device), args.image_size)
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no CUDA device: a floor says nothing about another machine")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +250,7 @@ def main() -> int:
     runs = []
     for batch in args.batches:
         x = torch.randn(batch, 3, args.image_size, args.image_size, device=device, dtype=dtype)
-        run = {"model": args.model, "batch": batch, "image_size": args.image_size}
+        run = {"task": "roofline", "suite": args.suite, "dtype": args.dtype, "model": args.model, "batch": batch, "image_size": args.image_size}
         print(f"\n{args.model} {args.suite}, {batch} images")
         runs.append({"conditions": bench.conditions(device), **run, **measure(args.suite, model, x)})
         bench.write_json(path, runs)

@@ -1,8 +1,10 @@
 import argparse
+import importlib.util
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import types
@@ -14,8 +16,10 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import bench, models
-from resnet_fused.bench import cases, engine, timing
+from resnet_fused.bench import cases, collect, engine, host, parity, peers, timing
+from resnet_fused.bench.ceilings import Ceilings
 from resnet_fused.models.resnet import BasicBlock
+from resnet_fused.testing import CASES, OPS
 
 SMALL = dict(model="resnet18", batch=2, image_size=64, device="cpu", rounds=2)
 CPU = torch.device("cpu")
@@ -65,7 +69,7 @@ def test_command_writes_table_and_json(tmp_path, capsys):
     path = tmp_path / "report.json"
     variants = "torchvision-nchw,torchvision-nhwc,resnet_fused,resnet_fused-cuda"
     small = ("--model", "resnet18", "--batch", 2, "--image-size", 64, "--device", "cpu", "--rounds", 2)
-    assert run_command(*small, "--variants", variants, "--json", path) == 0
+    assert run_command(*small, "--variants", variants, "--json", path) == 1  # one that was asked for is missing
 
     table = capsys.readouterr().out
     for word in (
@@ -167,7 +171,7 @@ def test_compile_that_cannot_run_is_unavailable(monkeypatch, timed):
     monkeypatch.setattr(torch, "compile", no_compiler)
     report = bench.run(variants=["torchvision-nhwc", "torchvision-compile"], **SMALL)
     assert "torchvision-compile unavailable: no C++ compiler" in report.table()
-    assert timed == ["torchvision-nhwc"] and report.ok
+    assert timed == ["torchvision-nhwc"] and not report.ok and report.asked
 
 
 @pytest.mark.parametrize("shared", [SMALL, SMALL | dict(image_size=33, suite="training")], ids=["eval", "train"])
@@ -195,7 +199,7 @@ def test_train_step_has_torchvisions_bits_and_is_timed(tmp_path, capsys):
     path = tmp_path / "report.json"
     small = ("--suite", "training", "--model", "resnet18", "--batch", 2, "--image-size", 33, "--device", "cpu")
     variants = "torchvision-nchw,torchvision-nhwc,resnet_fused,resnet_fused-onednn"
-    assert run_command(*small, "--rounds", 2, "--variants", variants, "--json", path) == 0
+    assert run_command(*small, "--rounds", 2, "--variants", variants, "--json", path) == 1  # oneDNN does not train
     table = capsys.readouterr().out
     assert "resnet18 training" in table and "ms: of a train step" in table
     report = json.loads(path.read_text())
@@ -326,14 +330,89 @@ def test_ratios_agree_with_the_times_that_are_shown():
 
 
 def test_noise_is_a_warning():
-    near, far = [11.5, 12.0, 12.5, 13.0], [5.0, 5.1, 5.2, 5.3]
-    quiet = noisy(theirs=[10.0, 11.0, 12.0, 13.0], compiled=far)
+    near, far = [11.9, 12.0, 12.1, 12.2], [5.0, 5.1, 5.2, 5.3]
+    quiet = noisy(theirs=[12.0, 12.1, 12.2, 12.3], compiled=far)
     assert quiet.warnings() == [] and "warning" not in quiet.table()
-    report = noisy(load=0.6, theirs=[10.0, 11.0, 12.0, 13.0], ours=near, compiled=far)
+    report = noisy(load=0.6, theirs=[12.0, 12.1, 12.2, 12.3], ours=near, compiled=far)
     overlap, load = report.warnings()
     assert "torchvision-nhwc's times overlap those of resnet_fused+activations," in overlap
     assert "the load was 0.6 on 2 CPUs at the start" in load
     assert report.table().count("warning: ") == 2 and report.to_dict()["warnings"] == [overlap, load]
+
+
+def test_a_spread_over_five_percent_is_said():
+    report = noisy(theirs=[10.0, 10.1, 10.2], ours=[5.0, 6.0, 7.0])
+    [warning] = report.warnings()
+    assert warning.startswith("noisy") and "resnet_fused+activations 17%" in warning and "nhwc" not in warning
+    assert [entry["spread"] > 0.05 for entry in report.to_dict()["results"]] == [False, True]
+
+
+def test_the_best_of_the_package_leads_the_table():
+    conditions = bench.conditions(CPU)
+    times = {"torchvision-nhwc": 10.0, "onnxruntime": 6.0, "resnet_fused": 9.0, "resnet_fused+deploy": 5.0}
+    results = [bench.Result(name, "nhwc", error=0.0, limit=1.0, samples_ms=[ms] * 10) for name, ms in times.items()]
+    for result in results:
+        result.ratios = bench.paired_ratios(results[0].samples_ms, result.samples_ms)
+    report = bench.Report("resnet50", 8, 224, "float32", "cpu", "torchvision-nhwc", conditions, results)
+    assert report.lead() == "best: resnet_fused+deploy, 1600 img/s, 1.20x onnxruntime, the best of the others"
+    rows = [line.split()[0] for line in report.table().splitlines() if line.endswith(" ok")]
+    assert rows == ["resnet_fused+deploy", "torchvision-nhwc", "onnxruntime", "resnet_fused"]
+    assert "rounds:" not in report.table()
+    for result in results:
+        result.samples_ms = result.samples_ms[:4]
+    assert "rounds: 4 of 10, as more would take over 40 s" in " ".join(report.table().split())
+
+
+def test_latency_of_short_calls_is_timed_call_by_call():
+    median, p99 = timing.latency(lambda: sum(range(2000)), CPU)
+    assert 0 < median <= p99
+    report = bench.run(**SMALL | dict(model="resnet18", image_size=32, batch=1), variants=["resnet_fused"])
+    [result] = report.results
+    expected = statistics.median(result.samples_ms) <= timing.SHORT_MS
+    assert (len(result.latency_ms) == 2) is expected
+
+
+def test_deployed_and_peers_are_variants_of_inference_on_the_cpu(timed):
+    names = ["torchvision-nhwc", "resnet_fused+deploy", "onnxruntime", "openvino"]
+    for dtype, asked in (("float32", names), ("bfloat16", names[:3])):
+        results = by_name(bench.run(**SMALL | dict(image_size=32), variants=asked, dtype=dtype))
+        for name, result in results.items():
+            absent = name == "openvino" and not importlib.util.find_spec(name)
+            if absent or (name, dtype) == ("onnxruntime", "bfloat16"):
+                assert result.status == "unavailable" and result.reason
+            else:
+                assert result.status == "measured" and result.error <= result.limit, (name, dtype, result.reason)
+    results = by_name(bench.run(**TRAINING, variants=names[:2]))
+    assert results["resnet_fused+deploy"].status == "unavailable"
+
+
+def test_a_wrong_peer_is_shown_and_not_timed(timed, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "onnxruntime", lambda net, x: lambda x: net(x) * 1.01)
+    report = bench.run(**SMALL, variants=["torchvision-nhwc", "onnxruntime"])
+    assert by_name(report)["onnxruntime"].status == "refused" and timed == ["torchvision-nhwc"] and not report.ok
+
+
+def test_unknown_suites_are_told_with_all_that_there_are():
+    with pytest.raises(ValueError, match="--suite: unknown 'speed'; there are: inference, training, .*host"):
+        run_command("--suite", "speed")
+
+
+def test_host_measures_the_model_that_is_named(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(host, "run", lambda names, rounds: asked.append((list(names), rounds)) or ({"task": "host"}, 0))
+    assert run_command("--suite", "host", "--model", "resnet34", "--json", tmp_path / "a.json") == 0
+    assert run_command("--suite", "host") == 0
+    assert asked == [(["resnet34"], host.ROUNDS), (list(host.MODELS), host.ROUNDS)]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"task": "host"}
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="host has no 'resnet51'"):
+        run_command("--suite", "host", "--model", "resnet51")
+
+
+def test_conditions_say_what_runs():
+    found = bench.conditions(CPU)
+    assert found["gpu"] == {} and "openvino" in found
+    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", found["commit"])
 
 
 def test_the_table_fits_80_columns():
@@ -397,10 +476,87 @@ def test_result_name():
 def test_default_variants_are_those_that_are_there():
     variants = bench.default_variants(CPU)
     assert variants[:3] == ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
-    assert variants[3:5] == ("resnet_fused", "resnet_fused+compile")
-    assert set(variants) <= set(bench.VARIANTS)
-    assert bench.default_variants(CPU, "training") == variants[:5]
+    assert variants[3:6] == ("torchvision-freezing", "resnet_fused", "resnet_fused+compile")
+    assert "resnet_fused+deploy" in variants and set(variants) <= set(bench.VARIANTS)
+    assert bench.default_variants(CPU, "training") == (*variants[:3], *variants[4:6])
     assert not {"resnet_fused-eager", "resnet_fused-cuda", "resnet_fused-triton"} & set(variants)
+
+
+def few_cases(monkeypatch):
+    from resnet_fused.bench import ops
+
+    few = [case for case in CASES if case.id in ("conv-1x1-join", "bn-two-bn-join", "bn-empty")]
+    for module in (ops, parity):
+        monkeypatch.setattr(module, "CASES", few)
+    monkeypatch.setattr(ops, "ROUNDS", 2)
+
+
+def test_parity_is_beside_pytorchs_own(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    few_cases(monkeypatch)
+    path = tmp_path / "parity.json"
+    asked = ("--suite", "parity", "--dtype", "bfloat16,float32", "--model", "resnet18", "--device", "cpu")
+    assert run_command(*asked, "--json", path) == 0
+    report = json.loads(path.read_text())
+    rows = {row["key"]: row for row in report["rows"]}
+    assert len(rows) == 8 and report["conditions"]["torch"] == torch.__version__
+    join = rows["conv-1x1-join bfloat16"]
+    assert 1e-4 < join["pytorch"]["mean"] < join["pytorch"]["max"] < 0.1
+    assert join["backends"]["eager"]["max"] == join["pytorch"]["max"]
+    assert rows["resnet18 float32"]["backends"]["eager"]["max"] == rows["resnet18 float32"]["pytorch"]["max"] < 1e-4
+    assert rows["bn-empty float32"]["pytorch"]["max"] is None and "bn-two-bn-join" in capsys.readouterr().out
+
+
+def test_parity_shows_what_is_wrong(monkeypatch, tmp_path):
+    few_cases(monkeypatch)
+    right = OPS["conv_bn_act"]
+    monkeypatch.setitem(OPS, "conv_bn_act", lambda *args, **kwargs: right(*args, **kwargs) + 0.5)
+    monkeypatch.setattr(parity, "network", lambda *args: {"what": "model", "backends": {}})
+    monkeypatch.setattr(parity, "line", str)
+    path = tmp_path / "parity.json"
+    small = ("--dtype", "float32", "--model", "resnet18", "--device", "cpu", "--json", path)
+    assert run_command("--suite", "parity", *small) == 1
+    [row] = [row for row in json.loads(path.read_text())["rows"] if row.get("name") == "conv-1x1-join"]
+    eager = row["backends"]["eager"]
+    assert eager["status"] == "refused" and eager["max"] == pytest.approx(0.5, 1e-4)
+
+
+def test_ops_suite_has_floors_and_ratios(monkeypatch, tmp_path, capsys):
+    few_cases(monkeypatch)
+    monkeypatch.setattr("resnet_fused.bench.ceilings.measured", lambda dtype, device: Ceilings(1e9, 1e12))
+    path = tmp_path / "ops.json"
+    asked = ("--suite", "ops", "--dtype", "float32", "--variants", "eager,cuda", "--device", "cpu", "--json", path)
+    assert run_command(*asked) == 0
+    report = json.loads(path.read_text())
+    [row] = [row for row in report["rows"] if row["case"] == "conv-1x1-join"]
+    eager = row["backends"]["eager"]
+    assert row["backends"]["cuda"]["status"] == "unavailable" and eager["ratio_to_eager"] == 1
+    assert eager["share_of_floor"] == pytest.approx(row["bytes"] / 1e9 * 1e6 / eager["microseconds"])
+    assert report["conditions"]["ceilings"]["float32"]["bytes_per_s"] == 1e9 and "of floor" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="variants: unknown 'tensorrt'; the suite ops has: .*compile"):
+        run_command("--suite", "ops", "--variants", "tensorrt")
+
+
+def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
+    path, made = tmp_path / "rows.json", []
+
+    def make(key):
+        if key == "broken":
+            raise KeyboardInterrupt
+        return made.append(key) or {"value": key}
+
+    def run(keys, resume, head):
+        rows = [(key, lambda key=key: make(key)) for key in keys]
+        return collect.collect(head | {"conditions": len(made)}, rows, path, resume, lambda row: row["key"])
+
+    with pytest.raises(KeyboardInterrupt):
+        run(["a", "b", "broken"], True, {"task": "ops"})
+    assert [row["key"] for row in json.loads(path.read_text())["rows"]] == ["a", "b"]
+    report = run(["a", "b", "c"], True, {"task": "ops"})
+    assert made == ["a", "b", "c"] and [row["value"] for row in report["rows"]] == made
+    with pytest.raises(ValueError, match="--resume"):
+        run(["a"], True, {"task": "parity"})
+    assert len(run(["a"], False, {"task": "parity"})["rows"]) == 1
 
 
 def test_ops_times_right_operators_and_no_wrong_one(tmp_path):
@@ -441,6 +597,7 @@ def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(folder))
     roofline = pytest.importorskip("roofline")
     monkeypatch.setattr(roofline, "milliseconds", lambda call, device: call() is None or 1.0)
+    monkeypatch.setattr(roofline.ceilings, "measured", lambda dtype, device: Ceilings(1e9, 1e9))
     monkeypatch.setattr(roofline, "backends", lambda device: ["cudnn", "triton"])
     monkeypatch.setattr(
         roofline.bench, "time_rounds", lambda calls, *a, **k: {n: [f() is None or 2.0] for n, f in calls.items()}
@@ -470,7 +627,7 @@ def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
 def test_other_peoples_models_beside_themselves_fused(model, suite, capsys):
     small = ("--batch", 2, "--image-size", 64, "--device", "cpu", "--rounds", 2, "--suite", suite)
     names = "original-nchw,original-nhwc,fused,fused-onednn"
-    assert run_command("--model", model, "--fuse", *small, "--variants", names) == 0
+    assert run_command("--model", model, "--fuse", *small, "--variants", names) == (suite == "training")  # no oneDNN
     rows = {
         line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("orig", "fused"))
     }

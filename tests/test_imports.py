@@ -26,7 +26,7 @@ RANKS = [
 ]
 STANDALONE = {"_version"}  # imports nothing of the package
 NAMES = {"triton", "cudnn", "onednn", "eager"}  # "cuda" is PyTorch's name of a device, too
-VERSIONS = {"info.py", "bench/report.py"}  # say which version of triton and cudnn there is
+VERSIONS = {"info.py", "bench/conditions.py"}  # say which version of triton and cudnn there is
 
 
 def rank(part: str) -> int:

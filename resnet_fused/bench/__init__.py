@@ -3,11 +3,13 @@
 Every variant gets the same weights and the same images. One whose numbers are wrong is refused and not timed.
 """
 
-from .cases import SUITES, VARIANTS
+from .cases import SUITES
 from .command import add_arguments, main, progress
-from .engine import DTYPES, default_variants, run
-from .report import Report, Result, conditions, result_name, write_json
+from .conditions import conditions, result_name
+from .engine import DTYPES, run
+from .report import Report, Result, write_json
 from .timing import paired_ratios, time_rounds
+from .variants import VARIANTS, default_variants
 
 __all__ = [
     "DTYPES",

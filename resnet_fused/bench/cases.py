@@ -17,37 +17,10 @@ from torch import Tensor, nn
 from .. import models
 from ..dispatch import registry
 from ..explain import explain
-from ..graphs import graphed
 from .others import Fused, Originals
 from .report import Result
 from .timing import peak_mib
-
-TORCHVISION = ("torchvision-nchw", "torchvision-nhwc", "torchvision-compile")
-COMPILED: dict[str, dict[str, Any]] = {
-    "torchvision-compile": {},
-    "resnet_fused+compile": {},
-    "torchvision-compile+graph": {"mode": "reduce-overhead"},
-    "torchvision-max-autotune": {
-        "options": {
-            "max_autotune": True,
-            "coordinate_descent_tuning": True,
-            "triton.cudagraphs": True,
-            "freezing": True,
-        }
-    },
-}
-GRAPHED = ("torchvision-nhwc+graph", "torchvision-compile+graph", "resnet_fused+graph")
-INFERENCE_ONLY = (*GRAPHED, "torchvision-max-autotune")
-TRAINING_ONLY = ("resnet_fused+activations", "resnet_fused+blocks")  # what `recompute` leaves out
-VARIANTS = (
-    *(*TORCHVISION, "resnet_fused", "resnet_fused+compile", *(f"resnet_fused-{name}" for name in registry.BACKENDS)),
-    *(*INFERENCE_ONLY, *TRAINING_ONLY),
-)
-FUSED = {  # with --fuse the variants are other people's models as they are, and fused
-    name: name.replace("torchvision", "original").replace("resnet_fused", "fused")
-    for name in VARIANTS
-    if name not in TRAINING_ONLY
-}
+from .variants import COMPILED, DEPLOY, GRAPHED, INFERENCE_ONLY, TORCHVISION, TRAINING_ONLY, is_ours, made
 
 
 class Case(abc.ABC):
@@ -120,16 +93,10 @@ class Case(abc.ABC):
             net, x = self._build(name), self.inputs[result.layout]
             if name in (INFERENCE_ONLY if self.trains else TRAINING_ONLY):
                 raise registry.BackendUnavailable(f"the suite {'training' if self.trains else 'inference'} has none")
-            if name in GRAPHED and self.device.type != "cuda":
-                raise registry.BackendUnavailable(f"CUDA graphs need a CUDA device, this is {self.device}")
-            run: Callable[[Tensor], Tensor] = net
-            if name in COMPILED:
-                if not self.compiles:
-                    torch.compiler.reset()  # what other cases compiled; this one's others stay
-                    self.compiles = True
-                run = torch.compile(net, dynamic=False, **COMPILED[name])
-            elif name in GRAPHED:
-                run = graphed(net, x)
+            if name in COMPILED and not self.compiles:
+                torch.compiler.reset()  # what other cases compiled; this one's others stay
+                self.compiles = True
+            run = made(name, net, x)
             call = self._call(net, run, x, backend)
             with self.grad_mode():
                 found = self._results(net, call())
@@ -137,11 +104,11 @@ class Case(abc.ABC):
                 result.bit_identical = all(map(torch.equal, found, self.nhwc))
                 del found  # gradients
                 result.peak_mib = peak_mib(call, held, self.device)
-                if name not in GRAPHED and name.startswith("resnet_fused"):
+                if name not in (*GRAPHED, DEPLOY) and is_ours(name):
                     with registry.backend(backend), self.autocast():
                         result.ran = dict(Counter(entry for row in explain(net, x) for entry in row.ran))
         except Exception as error:  # whatever stops one variant, the others are still measured
-            absent = isinstance(error, registry.BackendUnavailable) or name in COMPILED
+            absent = isinstance(error, (registry.BackendUnavailable, ImportError)) or name in COMPILED
             result.status = "unavailable" if absent else "failed"
             result.reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return result, None
@@ -152,7 +119,9 @@ class Case(abc.ABC):
         return result, call
 
     def _build(self, name: str) -> nn.Module:
-        library = self.ours if name.startswith("resnet_fused") else self.torchvision.models
+        library = self.ours if is_ours(name) else self.torchvision.models
+        if name == DEPLOY and isinstance(self.ours, Fused):
+            library = self.torchvision.models  # it finds the chains by itself
         options = {"recompute": name.partition("+")[2]} if name in TRAINING_ONLY else {}
         net = library.get_model(self.model, weights=None, **options)
         net.load_state_dict(self.state)

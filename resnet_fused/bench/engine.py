@@ -3,28 +3,23 @@
 import contextlib
 import importlib
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import torch
 
-from ..dispatch import registry
 from ..models.weights import TORCHVISION_ENUMS
-from .cases import FUSED, SUITES, TORCHVISION, VARIANTS
+from . import nvml
+from .cases import SUITES
+from .conditions import conditions
 from .others import Originals
-from .report import Report, conditions
-from .timing import Track, paired_ratios, silent, time_rounds
+from .report import Report
+from .timing import ROUNDS, SECONDS, SHORT_MS, Track, latency, paired_ratios, silent, time_rounds
+from .variants import FUSED, VARIANTS, default_variants
 
 BASELINE = "torchvision-nhwc"  # the layout in which PyTorch itself is fast
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def default_variants(device: torch.device, suite: str = "inference") -> tuple[str, ...]:
-    """torchvision's three, resnet_fused as it comes and compiled, every further backend that is there and serves."""
-    backends = registry.apart_from_auto(device)
-    if suite == "training":
-        backends = [name for name in backends if registry.serves(name, "batch_norm_act")]
-    return (*TORCHVISION, "resnet_fused", "resnet_fused+compile", *(f"resnet_fused-{name}" for name in backends))
 
 
 def run(
@@ -79,23 +74,13 @@ def run(
         raise ValueError("variants must name at least one")
     if baseline is None:
         baseline = shown[BASELINE] if shown[BASELINE] in names else names[0]
-    if not fuse:
-        _one_of("model", [model], list(TORCHVISION_ENUMS))
-    _one_of("dtype", [dtype], DTYPES)
+    check(None if fuse else model, dtype, batch, image_size, rounds)
     _one_of("variants", names, shown.values())
     _one_of("baseline", [baseline], names)
-    for argument, value, least in (
-        ("batch", batch, 1),
-        ("rounds", 10 if rounds is None else rounds, 1),
-        ("image_size", image_size, 32),
-    ):
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least}, got {value}")
-
     report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target), task=suite)
-    report.reference = shown[BASELINE]
+    report.reference, report.rounds, report.asked = shown[BASELINE], rounds or ROUNDS, variants is not None
     with torch.cuda.device(target) if on_gpu else contextlib.nullcontext(), _cudnn_benchmark():
-        library = Originals(_torchvision()) if fuse else _torchvision()
+        library = Originals(torchvision()) if fuse else torchvision()
         if fuse:
             library.check(model)
         case = SUITES[suite](library, model, batch, image_size, DTYPES[dtype], target)
@@ -107,11 +92,28 @@ def run(
             if call is not None and result.status == "measured":
                 calls[name] = call
         with case.grad_mode():
-            samples = time_rounds(calls, rounds or 10, target, seconds=math.inf if rounds else 40, track=track)
+            limit, energy = math.inf if rounds else SECONDS, dict[str, float]()
+            samples = time_rounds(calls, report.rounds, target, seconds=limit, track=track, energy=energy)
+            brief = {n: call for n, call in calls.items() if statistics.median(samples[n]) <= SHORT_MS}
+            latencies = {n: latency(call, target) for n, call in brief.items()}
+    report.after = nvml.state(target)
     for result in report.results:
         result.samples_ms = samples.get(result.variant, [])
         result.ratios = paired_ratios(samples.get(baseline, []), result.samples_ms)
+        result.latency_ms = latencies.get(result.variant, [])
+        joules = energy.get(result.variant)
+        result.joules_per_image = None if joules is None else joules / batch
     return report
+
+
+def check(model: str | None, dtype: str, batch: int, image_size: int, rounds: int | None = None) -> None:
+    """ValueError for what is none; without a model its name is not looked at."""
+    if model is not None:
+        _one_of("model", [model], list(TORCHVISION_ENUMS))
+    _one_of("dtype", [dtype], DTYPES)
+    for argument, value, least in (("batch", batch, 1), ("rounds", rounds, 1), ("image_size", image_size, 32)):
+        if value is not None and value < least:
+            raise ValueError(f"{argument} must be at least {least}, got {value}")
 
 
 @contextlib.contextmanager
@@ -146,7 +148,7 @@ def _one_of(argument: str, values: Iterable[str | None], accepted: Iterable[str]
             raise ValueError(f"{argument}: unknown {value!r}; there are: {', '.join(accepted)}")
 
 
-def _torchvision() -> ModuleType:
+def torchvision() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError:

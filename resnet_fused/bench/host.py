@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from .. import models, ops
 from ..dispatch.stub import stubbed
 from ..layers import PadShortcut
+from .conditions import conditions
 
 SUITE, ROUNDS = "host", 30
 CHANNELS = 8
 MODELS = ("resnet50", "resnet18", "cifar_resnet20", "cifar_resnet56")
+_TWINS = ("resnet1", "resnet3", "resnet5", "cifar_resnet")  # those that `torchvisions` makes
+KNOWN = tuple(name for name in models.list_models() if name.startswith(_TWINS))
 Call = Callable[[], Any]
 
 
@@ -168,24 +171,33 @@ def _figures(name: str, rounds: int, device: torch.device) -> Iterator[tuple[str
         yield label, (found["torchvision"], found["resnet_fused"]), layers(ours)
 
 
-def run(names: Sequence[str], rounds: int) -> int:
-    """Print the table and its summary; 0. It raises what `figures` does."""
+def run(names: Sequence[str], rounds: int) -> tuple[dict[str, Any], int]:
+    """Print the table and its summary; the figures, and 0. It raises what `figures` does.
+
+    Raises:
+        ValueError: a model that has no twin made of torchvision's blocks.
+    """
+    for name in names:
+        if name not in KNOWN:
+            raise ValueError(f"model: the suite {SUITE} has no {name!r}; there are: {', '.join(KNOWN)}")
     device = _device()
-    ratios = {}
+    found: dict[str, Any] = {"task": SUITE, "conditions": conditions(device), "models": [], "operators": {}}
     with _quiet(device):
         print(f"host microseconds, least of {rounds}, {'real' if device.type == 'cuda' else 'stubbed'} launches")
         for name in names:
             for label, (theirs, ours), count in _figures(name, rounds, device):
-                ratios[name, label] = ours / theirs
+                row = {"model": name, "pass": label, "torchvision_us": theirs, "resnet_fused_us": ours}
+                found["models"].append(row | {"ratio": ours / theirs, "layers": count})
                 print(
                     f"{name:16} {label:6} torchvision {theirs:8.0f}  resnet_fused {ours:8.0f}  "
                     f"{ours / theirs:5.2f}x  {ours / count:6.1f} a layer"
                 )
         for name, (call, n) in operators(images(8, device)).items():
-            print(f"{name}: {least({name: call}, rounds, device)[name] / n:.1f}")
-    first = names[0]
-    print(f"host: eval {ratios[first, 'eval']:.2f}x, train {ratios[first, 'train']:.2f}x of torchvision eager")
-    return 0
+            found["operators"][name] = least({name: call}, rounds, device)[name] / n
+            print(f"{name}: {found['operators'][name]:.1f}")
+    ratios = {row["pass"]: row["ratio"] for row in found["models"] if row["model"] == names[0]}
+    print(f"host: eval {ratios['eval']:.2f}x, train {ratios['train']:.2f}x of torchvision eager")
+    return found, 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,4 +205,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args(argv)
-    return run(args.models, args.rounds)
+    return run(args.models, args.rounds)[1]

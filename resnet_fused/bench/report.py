@@ -1,25 +1,20 @@
-"""What a measurement says and under which conditions it was made: as a table and as JSON."""
+"""What a measurement of variants says: as a table and as JSON."""
 
-import datetime
 import itertools
 import json
 import math
-import os
-import platform
-import re
-import shlex
 import statistics
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..dispatch.store import atomic_write
+from .timing import ROUNDS, SECONDS
+from .variants import is_ours
 
-from .._version import __version__
-from ..dispatch.store import atomic_write, installed_version
+NOISY = 0.05  # spread
 
 
 @dataclass
@@ -37,6 +32,8 @@ class Result:
     peak_mib: float | None = None
     samples_ms: list[float] = field(default_factory=list)  # one a round, milliseconds a batch
     ratios: list[float] = field(default_factory=list)  # speed against the baseline, round by round
+    latency_ms: list[float] = field(default_factory=list)  # median and, of 100 calls, the 99th percentile; short calls
+    joules_per_image: float | None = None  # by the GPU's own counter
 
     @property
     def parity(self) -> str:
@@ -59,11 +56,30 @@ class Report:
     results: list[Result] = field(default_factory=list)
     task: str = "inference"  # the suite
     reference: str = "torchvision-nhwc"  # whose bits are looked for
+    rounds: int = ROUNDS  # that were meant to be
+    asked: bool = False  # for these variants, by name
+    after: dict[str, Any] = field(default_factory=dict)  # clocks and temperature at the end, as in conditions["gpu"]
 
     @property
     def ok(self) -> bool:
-        """No variant was refused and none failed."""
-        return all(result.status in ("measured", "unavailable") for result in self.results)
+        """No variant was refused or failed, and none that was asked for is missing."""
+        return all(r.status == "measured" or r.status == "unavailable" and not self.asked for r in self.results)
+
+    def best(self, ours: bool) -> Result | None:
+        """The fastest of this package's variants, or of the others."""
+        timed = [r for r in self.results if r.samples_ms and is_ours(r.variant) == ours]
+        return min(timed, key=lambda r: statistics.median(r.samples_ms), default=None)
+
+    def lead(self) -> str:
+        """The best that this package offers, beside the best of the others."""
+        ours, other = self.best(True), self.best(False)
+        if ours is None or other is None:
+            return ""
+        speed = [self.batch * 1e3 / statistics.median(r.samples_ms) for r in (ours, other)]
+        return (
+            f"best: {ours.variant}, {_digits(speed[0], 4)} img/s, {speed[0] / speed[1]:.2f}x "
+            f"{other.variant}, the best of the others"
+        )
 
     def ratio(self, result: Result) -> float | None:
         """A variant's speed against the baseline's, by the medians of their times."""
@@ -80,6 +96,10 @@ class Report:
         near = [name for name, ms in times.items() if base and ms and ms[0] <= base[2] and base[0] <= ms[2]]
         if near:
             found.append(f"{self.baseline}'s times overlap those of {', '.join(near)}, by the quartiles: no difference")
+        spreads = {r.variant: spread(r.samples_ms) for r in self.results}
+        noisy = [f"{name} {share:.0%}" for name, share in spreads.items() if share > NOISY]
+        if noisy:
+            found.append(f"noisy: times spread over {NOISY:.0%}, between the quartiles: {', '.join(noisy)}")
         if c["load"] > c["cpus"] / 4:
             found.append(f"the load was {c['load']:.1f} on {c['cpus']} CPUs at the start: something else was running")
         return found
@@ -92,7 +112,8 @@ class Report:
             f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}"
         )
         rows: list[tuple[str, ...]] = [("variant", "img/s", "ms", "quartiles", "ratio", "quartiles", "MiB", "parity")]
-        for r in self.results:
+        best = self.best(True)
+        for r in sorted(self.results, key=lambda r: r is not best):
             figures = ("-",) * 5
             if r.samples_ms:
                 ms, speed, ratio = quartiles(r.samples_ms), quartiles(r.ratios), self.ratio(r)
@@ -104,22 +125,19 @@ class Report:
             rows.append((r.variant, *figures, "-" if r.peak_mib is None else f"{r.peak_mib:.0f}", r.parity))
         if all(r.peak_mib is None for r in self.results):
             rows = [(*row[:-2], row[-1]) for row in rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        between = "  " if sum(widths) + 2 * len(widths) <= 82 else " "
-        lines = [head, ""]
-        for name, *cells, parity in rows:
-            padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
-            lines.append(between.join((name.ljust(widths[0]), *padded, parity)))
+        lines = [head, *([self.lead()] if best is not None else []), "", *aligned(rows)]
         wrapped = [textwrap.wrap(line, 80, subsequent_indent="  ") or [""] for line in (*lines, "", *self._notes())]
         return "\n".join(itertools.chain.from_iterable(wrapped))
 
     def _notes(self) -> list[str]:
         rounds = max((len(r.samples_ms) for r in self.results), default=0)
+        short = 0 < rounds < self.rounds
         call = "a train step" if self.task == "training" else "a batch"
         notes = [
             f"ms: of {call}, medians of {rounds} interleaved rounds. ratio: speed against {self.baseline} by these "
             f"medians; its quartiles are of the ratios within each round. parity: bits, {self.reference}'s to the bit; "
             "ok, an error within the limit.",
+            *([f"rounds: {rounds} of {self.rounds}, as more would take over {SECONDS:.0f} s"] if short else []),
             *(f"warning: {warning}" for warning in self.warnings()),
             *(f"{r.variant} {r.status}: {r.reason}" for r in self.results if r.reason),
         ]
@@ -139,10 +157,22 @@ class Report:
                 entry["error"] = None  # JSON has no NaN; the reason says it
             if result.samples_ms:
                 entry["ms_quartiles"] = quartiles(result.samples_ms)
+                entry["spread"] = spread(result.samples_ms)
                 entry["img_per_s"] = self.batch * 1e3 / statistics.median(result.samples_ms)
                 entry["ratio"] = self.ratio(result)
                 entry["ratio_quartiles"] = quartiles(result.ratios)
         return out
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row: the first and the last column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    between = "  " if sum(widths) + 2 * len(widths) <= 82 else " "
+    lines = []
+    for name, *cells, last in rows:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
+        lines.append(between.join((name.ljust(widths[0]), *padded, last)))
+    return lines
 
 
 def _digits(value: float, count: int) -> str:
@@ -157,40 +187,10 @@ def quartiles(samples: Sequence[float]) -> list[float]:
     return statistics.quantiles(samples, n=4, method="inclusive")
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the settings of a measurement that starts now."""
-    with_gpu = device.type == "cuda"
-    script = Path(sys.argv[0])
-    program = [f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([*program, shlex.join(sys.argv[1:])]),
-        "device": torch.cuda.get_device_name(device) if with_gpu else f"CPU {_cpu_name()}",
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],  # what else was running
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "resnet_fused": __version__,
-        "torch": torch.__version__,
-        "torchvision": installed_version("torchvision"),
-        "triton": installed_version("triton"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if with_gpu else None,
-        "cudnn_benchmark": with_gpu,
-        "conv_fp32_precision": torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # made at import
-        if with_gpu
-        else None,
-    }
-
-
-def result_name(task: str, dtype: str, layout: str, device: torch.device) -> str:
-    """The name of a result file: task-dtype-layout-torch-cuda-device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_cpu_name()}"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    release = torch.__version__.split("+")[0]
-    return f"{task}-{dtype}-{layout}-torch{release}-cuda{torch.version.cuda or 'none'}-{slug}.json"
+def spread(samples: Sequence[float]) -> float:
+    """Between the quartiles, as a share of the median."""
+    low, median, high = quartiles(samples) or (0.0, 1.0, 0.0)
+    return (high - low) / median
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -198,13 +198,3 @@ def write_json(path: Path, content: Any) -> None:
     with atomic_write(path) as file:
         json.dump(content, file, indent=1, allow_nan=False)
         file.write("\n")
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,15 +1,19 @@
 """The whole way of a call on a machine without a GPU, up to launches that do nothing."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..backends import triton
 from . import plans, registry, trust
 
 
 @contextlib.contextmanager
-def stubbed() -> Iterator[None]:
+def stubbed(listener: Callable[[str, dict[str, Any], dict[str, Any]], None] | None = None) -> Iterator[None]:
     """CPU tensors take the way of a GPU's: compiled Triton kernels, never launched, serve in `auto`.
+
+    listener: is told every launch: the kernel's name, its tensors by parameter, each with whether it is read and
+        written, and its constants; then nothing is compiled, and tensors need no memory.
 
     Raises:
         RuntimeError: Triton is missing, or runs its interpreter.
@@ -23,7 +27,7 @@ def stubbed() -> Iterator[None]:
     trust.refused = lambda *args: None
     plans.forget()
     try:
-        with stub.stubbed():
+        with stub.stubbed(), stub.recorded(listener) if listener else contextlib.nullcontext():
             yield
     finally:
         registry._UNAVAILABLE["triton"], registry._AUTO_DEVICES, trust.refused = before

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("resnet_fused", "DEF")
+kernels: dict[str, Callable] = {}  # what serves each operator
 
 
 def register(schema: str, impl: Callable, fake: Callable) -> torch._ops.OpOverload:
@@ -17,6 +18,7 @@ def register(schema: str, impl: Callable, fake: Callable) -> torch._ops.OpOverlo
         with torch.autocast(args[0].device.type, enabled=False):  # the tensors come as they are to be computed with
             return impl(*args)
 
+    kernels[name] = kernel
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CUDA")
     _LIBRARY.impl(name, kernel, "CPU")

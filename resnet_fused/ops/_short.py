@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
-PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # other classes may have a say in what operators do
+modes = torch._C._len_torch_dispatch_stack  # the ledger of `bench` looks on without being seen
+# other classes may have a say in what operators do
+PLAIN: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def plain(call: Iterable[object]) -> bool:
@@ -33,7 +35,7 @@ def unwatched() -> bool:
     """Nothing looks at operators: no compiler, tracer, transform, dual number, mode or profiler."""
     return not (
         torch.compiler.is_compiling()  # first: a compiler knows it, and none of the others
-        or torch._C._len_torch_dispatch_stack()
+        or modes()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None

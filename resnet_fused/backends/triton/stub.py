@@ -1,7 +1,7 @@
 """A driver that compiles kernels and never launches them: what Triton costs the host, without a GPU."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -9,7 +9,26 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
-from . import conv
+from . import conv, launch
+
+# What each kernel writes, of its parameters; all others are read. Of `PEEKED` a row, of `UPDATED` both.
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "conv_kernel": ("y",),
+    "pointwise_kernel": ("y",),
+    "stem_kernel": ("y",),
+    "fold_kernel": ("folded_weight", "folded_bias"),
+    "apply_kernel": ("y", "total"),
+    "apply_with_mask_kernel": ("y", "relu_mask"),
+    "statistics_kernel": ("total", "partial"),
+    "batch_norm_train.forward.merge_kernel": ("mean", "m2", "var", "running_mean", "running_var"),
+    "sums_kernel": ("partial",),
+    "batch_norm_train.backward.merge_kernel": ("sum_dz", "sum_xhat", "sum_rhat"),
+    "dx_kernel": ("dx", "dresidual"),
+}
+UPDATED = ("running_mean", "running_var")
+PEEKED = {"batch_norm_train.forward.merge_kernel": ("z",)}
+
+Listener = Callable[[str, dict[str, tuple[Any, bool, bool]], dict[str, Any]], None]
 
 CAPABILITY, MULTIPROCESSORS, SHARED = (9, 0), 132, 227 * 1024  # an H100's
 
@@ -57,3 +76,38 @@ def stubbed() -> Iterator[None]:
         yield
     finally:
         driver._active, CUDABackend.make_cubin, conv._device = before
+
+
+def key(kernel: Any) -> str:
+    """A kernel's name in `WRITTEN`, with its module's where two have the same."""
+    module = kernel.fn.__module__.partition(".triton.")[2]
+    name = kernel.fn.__name__
+    return f"{module}.{name}" if f"{module}.{name}" in WRITTEN else name
+
+
+@contextlib.contextmanager
+def recorded(listener: Listener) -> Iterator[None]:
+    """Launches inside the block are told and not made: tensors need no memory.
+
+    listener: of a kernel's name, its tensors by parameter, each with whether it is read and written, and its constants.
+    """
+    before = launch.Launch.__call__
+
+    def record(self: launch.Launch, *tensors: Any, numbers: tuple[float, ...] = ()) -> None:
+        if getattr(launch._written_down, "forms", None) is not None:
+            return before(self, *tensors, numbers=numbers)
+        name = key(self._kernel)
+        written, peeked = WRITTEN[name], PEEKED.get(name, ())
+        uses = {}
+        for parameter, t in zip(self._kernel.arg_names, tensors, strict=False):
+            if t is not None:
+                t = getattr(t, "base", t)  # a descriptor's
+                t = t[:1, :, :1, :1] if parameter in peeked else t
+                uses[parameter] = (t, parameter not in written or parameter in UPDATED, parameter in written)
+        listener(name, uses, self._names)
+
+    launch.Launch.__call__ = record  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        launch.Launch.__call__ = before  # type: ignore[method-assign]
