@@ -208,9 +208,7 @@ def device_of(text: str) -> ceilings.Ceilings:
     try:
         bandwidth, peak = map(float, text.split(":"))
     except ValueError:
-        raise ValueError(
-            f"device must be one of {', '.join(floors.DEVICES)}, or GB/s:TFLOP/s, got {text!r}"
-        ) from None
+        raise ValueError(f"device must be one of {', '.join(floors.DEVICES)}, or GB/s:TFLOP/s, got {text!r}") from None
     return ceilings.Ceilings(bandwidth * 1e9, peak * 1e12)
 
 
@@ -250,7 +248,8 @@ def main() -> int:
     runs = []
     for batch in args.batches:
         x = torch.randn(batch, 3, args.image_size, args.image_size, device=device, dtype=dtype)
-        run = {"task": "roofline", "suite": args.suite, "dtype": args.dtype, "model": args.model, "batch": batch, "image_size": args.image_size}
+        run = {"task": "roofline", "suite": args.suite, "dtype": args.dtype, "model": args.model}
+        run |= {"batch": batch, "image_size": args.image_size}
         print(f"\n{args.model} {args.suite}, {batch} images")
         runs.append({"conditions": bench.conditions(device), **run, **measure(args.suite, model, x)})
         bench.write_json(path, runs)

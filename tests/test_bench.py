@@ -16,8 +16,9 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import bench, models
-from resnet_fused.bench import cases, collect, engine, host, parity, peers, timing
+from resnet_fused.bench import cases, collect, engine, host, parity, timing
 from resnet_fused.bench.ceilings import Ceilings
+from resnet_fused.deploy import engines
 from resnet_fused.models.resnet import BasicBlock
 from resnet_fused.testing import CASES, OPS
 
@@ -387,7 +388,7 @@ def test_deployed_and_peers_are_variants_of_inference_on_the_cpu(timed):
 
 
 def test_a_wrong_peer_is_shown_and_not_timed(timed, monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "onnxruntime", lambda net, x: lambda x: net(x) * 1.01)
+    monkeypatch.setitem(engines.ENGINES, "onnxruntime", lambda net, x: lambda x: net(x) * 1.01)
     report = bench.run(**SMALL, variants=["torchvision-nhwc", "onnxruntime"])
     assert by_name(report)["onnxruntime"].status == "refused" and timed == ["torchvision-nhwc"] and not report.ok
 

@@ -39,7 +39,7 @@ def measure(
     args, kwargs = make_inputs(case, dtype=dtype, device=device)
     calls, found = {registry.PLAIN: functools.partial(call, case, registry.PLAIN, args, kwargs)}, dict[str, Any]()
     for name in names:
-        run = functools.partial(call, case, name, args, kwargs)
+        run: functools.partial[Any] = functools.partial(call, case, name, args, kwargs)
         if name == COMPILED:
             torch.compiler.reset()
             compiled = torch.compile(REFERENCES[case.op], dynamic=False)

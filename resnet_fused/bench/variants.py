@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..deploy import deploy
+from ..deploy.engines import ENGINES as PEERS
 from ..dispatch import registry
 from ..graphs import graphed
-from .peers import PEERS
 
 Run = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..analysis import plots
-from ..bench.report import conditions, write_json
+from ..bench.conditions import conditions
+from ..bench.report import write_json
 from ..dispatch import registry
 from ..dispatch.store import atomic_write
 from ..train.interrupt import Interrupted
