@@ -11,6 +11,8 @@ from . import layers
 from .dispatch import registry
 from .layers.steps import Fusable
 
+_OUTSIDE = "PyTorch"  # what runs a module that is in no step
+
 
 @dataclass
 class Row:
@@ -23,13 +25,16 @@ class Row:
 
 
 class Explanation(list[Row]):
-    """Rows in the model's order; prints as a table."""
+    """Rows in the model's order; prints as a table that ends in `summary`."""
+
+    summary = ""  # how many steps were fused, and what would help
 
     def __str__(self) -> str:
         cells = [(r.layer, r.modules, ", ".join(r.ran), "; ".join(dict.fromkeys(r.why))) for r in self]
         table = [("layer", "modules", "ran", "why not faster"), *cells]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in table)
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in table]
+        return "\n".join([*lines, self.summary])
 
 
 class _Explainer:
@@ -73,7 +78,7 @@ class _Explainer:
 
     def outside(self, module: nn.Module) -> None:
         kind = type(module).__name__
-        self.rows[module] = Row(self.names[module], kind, ["PyTorch"], [f"no fused kernel replaces {kind}"])
+        self.rows[module] = Row(self.names[module], kind, [_OUTSIDE], [f"no fused kernel replaces {kind}"])
 
     def _row(self, step: layers.Step | Fusable, add: bool = False, takes_over: bool = False) -> Row:
         """takes_over: the BN adds what the block before it left unadded."""
@@ -116,4 +121,22 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         if module not in explainer.seen and not any(True for _ in module.children()):
             explainer.outside(module)
     order = {module: i for i, module in enumerate(model.modules())}
-    return Explanation(row for _, row in sorted(explainer.rows.items(), key=lambda item: order[item[0]]))
+    found = Explanation(row for _, row in sorted(explainer.rows.items(), key=lambda item: order[item[0]]))
+    found.summary = _summary(found, model, explainer.device)
+    return found
+
+
+def _summary(rows: list[Row], model: nn.Module, device: torch.device) -> str:
+    steps = [row for row in rows if row.ran != [_OUTSIDE]]
+    fused = sum(not any(registry.PLAIN == ran.rpartition(": ")[2] for ran in row.ran) for row in steps)
+    parts = [f"{fused} of {len(steps)} steps fused, {len(rows) - len(steps)} modules beside them"]
+    serving = not model.training and not torch.is_grad_enabled()
+    if serving and registry.get_backend() == "auto" and not registry.fuses(device):
+        parts += [
+            f'resnet_fused.backend("{name}") fuses steps here' for name in registry.apart_from_auto(device) if steps
+        ]
+    if registry.fuses(device) and any("BatchNorm" in row.modules for row in rows if row.ran == [_OUTSIDE]):
+        parts.append("resnet_fused.fuse(model) fuses the convolution + BN chains among these modules")
+    if serving:
+        parts.append("resnet_fused.deploy(model, x) folds BN into the weights, once, for serving")
+    return "; ".join(parts)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import resnet_fused
 from resnet_fused import BackendUnavailable, explain, ops
@@ -44,6 +45,28 @@ def test_explain_names_op_and_backend_and_leaves_the_model_alone():
         rows = [r for r in explain(model, X) if "BatchNorm2d" in r.modules]
     assert all(r.ran == ["conv_bn_act: triton"] and not r.why for r in rows)
     assert rows[2].modules == "Conv2d + BatchNorm2d + add + ReLU"
+
+
+def test_explain_ends_in_a_summary_that_names_what_would_help():
+    deploy, fuse = "resnet_fused.deploy(model, x)", "resnet_fused.fuse(model)"
+    ours = resnet_fused.ResNet(resnet_fused.BasicBlock, [1, 1, 1, 1])
+    theirs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+    def summary(model):
+        found = explain(model, X)
+        assert str(found).splitlines()[-1] == found.summary
+        return found.summary
+
+    assert summary(ours) == "0 of 12 steps fused, 3 modules beside them"  # training: nothing would help
+    ours.eval(), theirs.eval()
+    assert summary(ours) == "0 of 12 steps fused, 3 modules beside them"
+    with torch.no_grad():
+        assert 'backend("onednn") fuses' in summary(ours) and deploy in summary(ours) and fuse not in summary(ours)
+        assert deploy in summary(theirs) and "onednn" not in summary(theirs)
+        with resnet_fused.backend("triton"):
+            assert summary(ours).startswith("12 of 12 steps fused, 3 modules beside them; ")
+            assert "onednn" not in summary(ours) and fuse not in summary(ours)
+            assert summary(theirs).startswith("0 of 0 steps fused, 3 modules beside them; ") and fuse in summary(theirs)
 
 
 def test_a_compiled_model_is_explained_as_the_model():
