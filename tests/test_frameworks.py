@@ -89,8 +89,8 @@ def test_lora_on_a_fused_model():
             loss = F.cross_entropy(model(X), TARGET)
             optimizer.zero_grad(), loss.backward(), optimizer.step()
             losses.append(loss.item())
-        merged = copy.deepcopy(model).merge_and_unload().eval()
-        torch.testing.assert_close(merged(X), model.eval()(X))
+        merged = copy.deepcopy(model.double()).merge_and_unload().eval()
+        torch.testing.assert_close(merged(X.double()), model.eval()(X.double()))
         return losses
 
     both(run)
