@@ -1,4 +1,5 @@
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -643,3 +644,63 @@ def test_other_peoples_models_are_checked_by_name():
         bench.run("fcn_resnet50", fuse=True, device="cpu")
     with pytest.raises(ValueError, match="variants: unknown 'resnet_fused'"):
         bench.run("resnet18", fuse=True, device="cpu", variants=["resnet_fused"])
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ comes with the sources only")
+    monkeypatch.syspath_prepend(str(folder))
+    return pytest.importorskip("tables")
+
+
+def test_the_documents_tables_are_those_of_the_committed_results(tables, capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    assert "<!-- generated: traffic " in (tables.ROOT / "README.md").read_text()
+
+
+def test_a_table_that_disagrees_with_its_results_is_found_and_mended(tables, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "written", functools.partial(tables.written, root=tmp_path))
+    times = {"torchvision-nhwc": 10.0, "resnet_fused": 8.0}
+    results = [bench.Result(name, "nhwc", samples_ms=[ms] * 3) for name, ms in times.items()]
+    results.append(bench.Result("openvino", "nhwc", status="refused", reason="error 1e-1"))
+    for result in results:
+        result.ratios = bench.paired_ratios(results[0].samples_ms, result.samples_ms)
+    report = bench.Report("resnet50", 8, 224, "float32", "cpu", "torchvision-nhwc", bench.conditions(CPU), results)
+    bench.write_json(tmp_path / "a.json", report.to_dict())
+    document = tmp_path / "doc.md"
+    document.write_text("before\n\n<!-- generated: inference a.json -->\nold\n<!-- end -->\n\nafter\n")
+    assert tables.main(["--check", str(document)]) == 1 and "old" in document.read_text()
+    assert tables.main([str(document)]) == 0 and tables.main(["--check", str(document)]) == 0
+    text = document.read_text()
+    assert text.index("| resnet_fused | 1000.0 | 1.25 |") < text.index("| torchvision-nhwc | 800.0 | 1.00 |")
+    assert "openvino (error 1e-1)" in text and text.startswith("before") and text.endswith("after\n")
+    document.write_text(text.replace("1000.0", "1001.0"))
+    assert tables.main(["--check", str(document)]) == 1
+    document.write_text("<!-- generated: inference absent.json -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="absent.json is not there"):
+        tables.main([str(document)])
+
+
+@pytest.mark.parametrize("make", [host.forward, host.train_step], ids=["inference", "training"])
+def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make):
+    """A gate: the ratio of the least CPU times of one run, interleaved, never an absolute time."""
+    torchvision = pytest.importorskip("torchvision")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    pair = {"theirs": theirs.to(memory_format=torch.channels_last), "ours": models.ResNet(BasicBlock, [1, 1, 1, 1])}
+    x = torch.randn(2, 3, 112, 112).contiguous(memory_format=torch.channels_last)
+    calls = {name: make(model, x) for name, model in pair.items()}
+    least, ratio = dict.fromkeys(calls, math.inf), math.inf
+    try:
+        for _ in range(8):  # until a quiet moment was met by both
+            found = host.least(calls, 5, CPU)
+            least = {name: min(least[name], us) for name, us in found.items()}
+            ratio = least["ours"] / least["theirs"]
+            if ratio <= 1.15:
+                return
+    finally:
+        torch.set_num_threads(threads)
+    pytest.fail(f"{ratio:.2f} times torchvision's CPU time")
