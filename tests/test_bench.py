@@ -547,9 +547,11 @@ def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
             raise KeyboardInterrupt
         return made.append(key) or {"value": key}
 
-    def run(keys, resume, head):
+    def run(keys, resume, head, commit="a"):
         rows = [(key, lambda key=key: make(key)) for key in keys]
-        return collect.collect(head | {"conditions": len(made)}, rows, path, resume, lambda row: row["key"])
+        return collect.collect(
+            head | {"conditions": {"commit": commit, "load": len(made)}}, rows, path, resume, lambda row: row["key"]
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run(["a", "b", "broken"], True, {"task": "ops"})
@@ -558,6 +560,7 @@ def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
     assert made == ["a", "b", "c"] and [row["value"] for row in report["rows"]] == made
     with pytest.raises(ValueError, match="--resume"):
         run(["a"], True, {"task": "parity"})
+    assert len(run(["a"], True, {"task": "ops"}, commit="b")["rows"]) == 1 and made[-1] == "a"
     assert len(run(["a"], False, {"task": "parity"})["rows"]) == 1
 
 
@@ -704,3 +707,89 @@ def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make):
     finally:
         torch.set_num_threads(threads)
     pytest.fail(f"{ratio:.2f} times torchvision's CPU time")
+
+
+FAKE = """#!/bin/bash
+echo "$*" >> "$LOG"
+[[ "$*" == *"$FAILS"* && -n "$FAILS" ]] && exit 1
+exit 0
+"""
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """Runs benchmarks/gpu.sh with a Python that only writes down what it is asked; the status and the lines."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+    if not script.is_file():
+        pytest.skip("benchmarks/ comes with the sources only")
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+
+    def run(part, fails=""):
+        log.write_text("")
+        env = dict(os.environ, PART=str(part), OUT=str(tmp_path / "out"), PYTHON=str(python), LOG=str(log), FAILS=fails)
+        done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=60)
+        limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
+        return done.returncode, log.read_text().splitlines()[1:], limits
+
+    return run
+
+
+def test_the_first_part_saves_the_device_first_and_goes_on_after_a_cut(gpu_script):
+    status, lines, limits = gpu_script(1)
+    words = ["device.py", "doctor", "suite parity", "suite ops", "--batches 1 32 256", "--suite training"]
+    kept = [line for line in lines if "pip install" not in line]
+    assert status == 0 and all(word in line for word, line in zip(words, kept, strict=True))
+    assert sum(limits[:2]) <= 60 and sum(limits) < 540
+    assert gpu_script(1)[1] == []  # all is kept
+    assert gpu_script(4, fails="resnet.py")[0] == 1
+    status, lines, _ = gpu_script(4)
+    assert status == 0 and len(lines) == 1 and "--resume" in lines[0]
+
+
+@pytest.mark.parametrize("part", [2, 3, 4, 5, 7])
+def test_every_part_ends_within_nine_minutes(gpu_script, part):
+    status, lines, limits = gpu_script(part)
+    assert status == 0 and lines and sum(limits) < 540
+
+
+def test_an_unknown_part_is_told(gpu_script):
+    assert gpu_script(9)[0] == 2
+
+
+def test_several_batches_go_on_where_they_were_cut_off(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "resnet.py"
+    if not script.is_file():
+        pytest.skip("benchmarks/ comes with the sources only")
+    small = [
+        "--models",
+        "resnet18",
+        "--image-size",
+        "32",
+        "--variants",
+        "resnet_fused",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(script.parent.parent), *sys.path]))
+    for batches in (["1"], ["1", "2"]):
+        command = [
+            sys.executable,
+            script,
+            *small,
+            "--batches",
+            *batches,
+            "--dtypes",
+            "float32",
+            "--out",
+            tmp_path,
+            "--resume",
+        ]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    [path] = tmp_path.iterdir()
+    assert [report["batch"] for report in json.loads(path.read_text())] == [1, 2]
+    assert done.stdout.count("resnet18 inference") == (1 if bench.conditions(CPU)["commit"] else 2)
