@@ -793,3 +793,18 @@ def test_several_batches_go_on_where_they_were_cut_off(tmp_path):
     [path] = tmp_path.iterdir()
     assert [report["batch"] for report in json.loads(path.read_text())] == [1, 2]
     assert done.stdout.count("resnet18 inference") == (1 if bench.conditions(CPU)["commit"] else 2)
+
+
+def test_two_runs_of_pytest_benchmark_are_compared(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ comes with the sources only")
+    options = ["-q", "-k", "conv-1x1-join-float32-eager", "--benchmark-only", "--benchmark-storage=store"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(folder.parent), *sys.path])}
+    for more in ("--benchmark-save=one", "--benchmark-compare=0001"):
+        command = [sys.executable, "-m", "pytest", str(folder), *options, more, "-pno:cacheprovider"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "(0001_one)" in done.stdout and "machine_info is different" not in done.stdout

@@ -23,7 +23,8 @@ def collect(
         head: what the rows have in common, with their "conditions".
         rows: each row's key, and what makes it.
         path: the JSON file, or None.
-        resume: take over the rows of the file that is there, if its head says the same, conditions apart, and it is this commit's.
+        resume: take over the rows of the file that is there, if its head says the same, conditions apart, and this
+            commit wrote it.
         show: a row's printed line.
 
     Raises:
