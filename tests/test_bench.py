@@ -63,6 +63,7 @@ def timed(monkeypatch):
         return {name: [1.0] * rounds for name in calls}
 
     monkeypatch.setattr(engine, "time_rounds", time_rounds)
+    monkeypatch.setattr(engine, "latency", lambda call, device: [1.0, 1.0])
     return names
 
 
