@@ -26,9 +26,9 @@ aot:  ## compile every kernel's configurations for GPUs that need not be there
 	$(PYTHON) tests/aot.py
 	$(PYTHON) tests/aot_cuda.py 8.0 9.0a
 
-gpu:  ## build, test and measure on a GPU: SUITE=all, models, autotune, training, sanitizer or cifar; results into benchmarks/results or $$OUT
+gpu:  ## measure on a GPU: PART=1, the first to run, to 7; each under 9 minutes; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
-virtual-gpu:  ## the tests marked gpu, in full, on virtual GPUs of capability 8.0 and 9.0; needs an extension with readable PTX
+virtual-gpu:  ## measure on a GPU: PART=1, the first to run, to 7; each under 9 minutes; results into benchmarks/results or $$OUT
 	$(PYTHON) -m pytest --virtual-gpu=80
 	$(PYTHON) -m pytest --virtual-gpu=90

@@ -32,6 +32,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{op['case']:40}{op['dtype']:10}{op['backend']:9}{figures}")
 
 
+def _conditions() -> dict[str, Any]:
+    return bench.conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What two runs that are compared have to have in common."""
     machine_info.clear()
-    machine_info.update(bench.conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    machine_info.update({k: _conditions()[k] for k in ("device", "cpu", "cpus", "threads", "torch", "triton", "cuda")})
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    output_json["conditions"] = _conditions()

@@ -1,83 +1,88 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a GPU machine, each SUITE in under 9 minutes; needs no network.
-# JSON goes into $OUT, by default benchmarks/results. The exit status is 1 where a part failed.
+# Measures on a GPU machine without network: PART=1 (the default) to 7, each in under 9 minutes.
+# Every result goes into $OUT, by default benchmarks/results, as soon as it is there. Run again after a cut, what is
+# done is kept and what was cut goes on; with another commit all runs anew. The exit status is 1 where a step failed.
 set -u
 cd "$(dirname "$0")/.."
-suite=${SUITE:-all}
+part=${PART:-1}
 out=$(realpath -m "${OUT:-benchmarks/results}")
 python=${PYTHON:-python}
-mkdir -p "$out"
+done=$out/.done
+mkdir -p "$done"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-parts=()
+commit=$(git rev-parse HEAD 2>/dev/null || echo none)
 failed=0
 
-part() { # name, seconds, command...
+step() { # name, seconds, command...
   local name=$1 limit=$2 began=$SECONDS status=0
   shift 2
-  echo "== $name: $*"
+  if [[ $(cat "$done/$name" 2>/dev/null) == "$commit" ]]; then
+    echo "== $name: kept"
+    return
+  fi
+  echo "== $name, at most $limit s: $*"
   timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?
   echo "== $name: exit status $status after $((SECONDS - began)) s"
-  parts+=("  \"$name\": {\"status\": $status, \"seconds\": $((SECONDS - began))}")
-  ((status == 0)) || failed=1
+  if ((status == 0)); then echo "$commit" >"$done/$name"; else failed=1; fi
 }
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu.sh: PyTorch sees no CUDA device here" >&2
   exit 2
 fi
-if [[ $suite != autotune ]] && command -v nvcc >/dev/null; then
-  RESNET_FUSED_FORCE_CUDA=1 part build 120 "$python" -m pip install --no-build-isolation --no-deps -q -e .
-fi
-resnet=("$python" benchmarks/resnet.py --out "$out")
+bench=("$python" -m resnet_fused bench --resume)
+resnet=("$python" benchmarks/resnet.py --resume --out "$out")
 graphs=(torchvision-nhwc+graph torchvision-compile+graph resnet_fused+graph)
-case $suite in
-  all)
-    part tests 140 "$python" -m pytest -q -m gpu -n 0
-    part ops 60 "$python" benchmarks/ops.py --dtypes float16 --out "$out"
-    part roofline 40 "$python" benchmarks/roofline.py --out "$out"
-    part roofline-training 40 "$python" benchmarks/roofline.py --suite training --out "$out"
-    part resnet 70 "${resnet[@]}" --dtypes float16 --batches 256 1
-    part training 60 "${resnet[@]}" --suite training --dtypes float16 --batches 64
+modes=(torchvision-nhwc torchvision-compile resnet_fused resnet_fused+{activations,blocks})
+case $part in
+  1)
+    step device 20 "$python" benchmarks/device.py "$out/device.json"
+    step doctor 40 bash -c "set -o pipefail; '$python' -m resnet_fused doctor 2>&1 | tee '$out/doctor.txt'"
+    command -v nvcc >/dev/null &&
+      RESNET_FUSED_FORCE_CUDA=1 step build 120 "$python" -m pip install --no-build-isolation --no-deps -q -e .
+    step parity 60 "${bench[@]}" --suite parity --model resnet18,resnet50 --json "$out/parity.json"
+    step ops 60 "${bench[@]}" --suite ops --dtype float16 --json "$out/ops.json"
+    step inference 120 "${resnet[@]}" --dtypes float16 --batches 1 32 256
+    step training 90 "${resnet[@]}" --suite training --dtypes float16 --batches 256
     ;;
-  models)
-    part roofline 100 "$python" benchmarks/roofline.py --batches 1 32 256 --out "$out"
-    part models 400 "${resnet[@]}" --models resnet50 resnet18 --dtypes float16 --batches 1 32 256 --rounds 7 \
-      --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused-{triton,cudnn,cuda} "${graphs[@]}"
+  2)
+    step tests 300 "$python" -m pytest -q -m gpu -n 0
+    step roofline 100 "$python" benchmarks/roofline.py --batches 1 32 256 --out "$out"
+    step roofline-training 60 "$python" benchmarks/roofline.py --suite training --out "$out"
+    step fit 60 "${bench[@]}" --suite training --fit 24GiB --json "$out/fit.json"
     ;;
-  autotune)
-    part autotune 530 "${resnet[@]}" --dtypes float16 --batches 256 --rounds 7 \
+  3)
+    step models 520 "${resnet[@]}" --models resnet50 resnet18 resnext50_32x4d --dtypes bfloat16 --batches 1 32 256 \
+      --rounds 7 --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused+deploy "${graphs[@]}"
+    ;;
+  4)
+    step training-modes 520 "${resnet[@]}" --suite training --dtypes bfloat16 --batches 64 256 --rounds 5 \
+      --variants "${modes[@]}"
+    ;;
+  5)
+    step autotune 520 "${resnet[@]}" --dtypes bfloat16 --batches 128 --rounds 7 \
       --variants torchvision-nhwc torchvision-max-autotune resnet_fused resnet_fused+graph
     ;;
-  training)
-    part training 400 "${resnet[@]}" --suite training --dtypes bfloat16 float16 --batches 64 256 --rounds 5 \
-      --variants torchvision-nhwc torchvision-compile resnet_fused resnet_fused+{activations,blocks}
-    ;;
-  sanitizer)
-    if command -v compute-sanitizer >/dev/null; then
-      for tool in memcheck racecheck; do
-        part "$tool" 250 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -m gpu -n 0 \
-          tests/test_gpu.py -k "(within_budget or every_tile) and (join or 3x3 or 1x1) and cuda and not resnet50"
-      done
-    else
+  6)
+    if ! command -v compute-sanitizer >/dev/null; then
       echo "gpu.sh: compute-sanitizer is not on PATH" >&2
-      failed=1
+      exit 1
     fi
+    for tool in memcheck racecheck; do
+      step "$tool" 260 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -m gpu -n 0 \
+        tests/test_gpu.py -k "(within_budget or every_tile) and (join or 3x3 or 1x1) and cuda and not resnet50"
+    done
     ;;
-  cifar)
+  7)
     for model in cifar_resnet20 cifar_plain20 cifar_resnet56 cifar_plain56; do
-      part "$model" 125 "$python" -m resnet_fused train --recipe cifar --model "$model" --dtype bf16 \
+      step "$model" 130 "$python" -m resnet_fused train --recipe cifar --model "$model" --dtype bf16 \
         --iterations "${ITERATIONS:-4000}" --out "$out/$model"
     done
     ;;
   *)
-    echo "gpu.sh: SUITE must be all, models, autotune, training, sanitizer or cifar, got $suite" >&2
+    echo "gpu.sh: PART must be 1 (the first to run), 2 (tests, roofline), 3 (models), 4 (training), 5 (autotune)," \
+      "6 (sanitizer) or 7 (CIFAR-10), got $part" >&2
     exit 2
     ;;
 esac
-
-{
-  echo "{"
-  (IFS=$'\n'; echo "${parts[*]}" | sed '$!s/$/,/')
-  echo "}"
-} >"$out/gpu-$suite.json"
 exit $failed

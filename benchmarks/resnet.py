@@ -1,12 +1,20 @@
 """Whole models beside torchvision's, in several batch sizes and dtypes: a result file for each dtype."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from resnet_fused import bench
+from resnet_fused.bench.conditions import commit
+
+
+def kept(path: Path) -> list[dict]:
+    """The reports of a file that this commit wrote."""
+    reports = json.loads(path.read_text()) if path.exists() else []
+    return [report for report in reports if report["conditions"]["commit"] == commit()]
 
 
 def main() -> int:
@@ -23,19 +31,26 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--resume", action="store_true", help="keep what the result files have of this commit")
+    parser.add_argument("--device", type=torch.device, default=device, help="default: a GPU where there is one")
     args = parser.parse_args()
+    device = args.device
     args.out.mkdir(parents=True, exist_ok=True)
 
     ok = True
     for dtype in args.dtypes:
         path = args.out / bench.result_name(args.suite, dtype, "nhwc", device)
-        reports = []
+        reports = kept(path) if args.resume else []
+        have = {(report["model"], report["batch"], tuple(report.get("asked_for") or ())) for report in reports}
         for model in args.models:
             for batch in args.batches:
+                if (model, batch, tuple(args.variants or ())) in have:
+                    continue
                 report = bench.run(
                     model,
                     batch,
                     dtype,
+                    str(device),
                     variants=args.variants,
                     suite=args.suite,
                     rounds=args.rounds,
@@ -44,7 +59,7 @@ def main() -> int:
                 )
                 print(report.table(), end="\n\n", flush=True)
                 ok = ok and report.ok
-                reports.append(report.to_dict())
+                reports.append(report.to_dict() | {"asked_for": args.variants})
                 bench.write_json(path, reports)  # after each: a run that is cut short keeps what it has
     return 0 if ok else 1
 

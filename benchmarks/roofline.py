@@ -248,8 +248,8 @@ def main() -> int:
     runs = []
     for batch in args.batches:
         x = torch.randn(batch, 3, args.image_size, args.image_size, device=device, dtype=dtype)
-        run = {"task": "roofline", "suite": args.suite, "dtype": args.dtype, "model": args.model}
-        run |= {"batch": batch, "image_size": args.image_size}
+        run = {"task": "roofline", "suite": args.suite, "dtype": args.dtype}
+        run |= {"model": args.model, "batch": batch, "image_size": args.image_size}
         print(f"\n{args.model} {args.suite}, {batch} images")
         runs.append({"conditions": bench.conditions(device), **run, **measure(args.suite, model, x)})
         bench.write_json(path, runs)

@@ -23,7 +23,8 @@ from .dispatch import registry
 from .fetch import PACKAGES, FetchError, cached, fetch
 from .models.weights import TORCHVISION_ENUMS, WeightsArg, torchvision_enum
 
-_EXTRAS = {"PIL": "demo", "skimage": "demo", "torchvision": "demo", "matplotlib": "train", "tqdm": "train"}
+_EXTRAS = {"PIL": "demo", "skimage": "demo", "torchvision": "demo", "tqdm": "train"}
+_EXTRAS |= {"matplotlib": "report", "jinja2": "report"}
 _EXPECTED = (
     ValueError,
     OSError,
@@ -86,6 +87,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
         bench.add_arguments(command)
         command.set_defaults(run=bench.main)
+
+    command = commands.add_parser("report", help="one page of figures from results of bench")
+    if "report" in argv:
+        from . import report
+
+        report.add_arguments(command)
+        command.set_defaults(run=report.main)
 
     command = commands.add_parser("train", help="train a network by one of the papers' recipes")
     if "train" in argv:

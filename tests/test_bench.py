@@ -1,4 +1,5 @@
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -62,6 +63,7 @@ def timed(monkeypatch):
         return {name: [1.0] * rounds for name in calls}
 
     monkeypatch.setattr(engine, "time_rounds", time_rounds)
+    monkeypatch.setattr(engine, "latency", lambda call, device: [1.0, 1.0])
     return names
 
 
@@ -546,9 +548,11 @@ def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
             raise KeyboardInterrupt
         return made.append(key) or {"value": key}
 
-    def run(keys, resume, head):
+    def run(keys, resume, head, commit="a"):
         rows = [(key, lambda key=key: make(key)) for key in keys]
-        return collect.collect(head | {"conditions": len(made)}, rows, path, resume, lambda row: row["key"])
+        return collect.collect(
+            head | {"conditions": {"commit": commit, "load": len(made)}}, rows, path, resume, lambda row: row["key"]
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run(["a", "b", "broken"], True, {"task": "ops"})
@@ -557,6 +561,7 @@ def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
     assert made == ["a", "b", "c"] and [row["value"] for row in report["rows"]] == made
     with pytest.raises(ValueError, match="--resume"):
         run(["a"], True, {"task": "parity"})
+    assert len(run(["a"], True, {"task": "ops"}, commit="b")["rows"]) == 1 and made[-1] == "a"
     assert len(run(["a"], False, {"task": "parity"})["rows"]) == 1
 
 
@@ -643,3 +648,164 @@ def test_other_peoples_models_are_checked_by_name():
         bench.run("fcn_resnet50", fuse=True, device="cpu")
     with pytest.raises(ValueError, match="variants: unknown 'resnet_fused'"):
         bench.run("resnet18", fuse=True, device="cpu", variants=["resnet_fused"])
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ comes with the sources only")
+    monkeypatch.syspath_prepend(str(folder))
+    return pytest.importorskip("tables")
+
+
+def test_the_documents_tables_are_those_of_the_committed_results(tables, capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    assert "<!-- generated: traffic " in (tables.ROOT / "README.md").read_text()
+
+
+def test_a_table_that_disagrees_with_its_results_is_found_and_mended(tables, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "written", functools.partial(tables.written, root=tmp_path))
+    times = {"torchvision-nhwc": 10.0, "resnet_fused": 8.0}
+    results = [bench.Result(name, "nhwc", samples_ms=[ms] * 3) for name, ms in times.items()]
+    results.append(bench.Result("openvino", "nhwc", status="refused", reason="error 1e-1"))
+    for result in results:
+        result.ratios = bench.paired_ratios(results[0].samples_ms, result.samples_ms)
+    report = bench.Report("resnet50", 8, 224, "float32", "cpu", "torchvision-nhwc", bench.conditions(CPU), results)
+    bench.write_json(tmp_path / "a.json", report.to_dict())
+    document = tmp_path / "doc.md"
+    document.write_text("before\n\n<!-- generated: inference a.json -->\nold\n<!-- end -->\n\nafter\n")
+    assert tables.main(["--check", str(document)]) == 1 and "old" in document.read_text()
+    assert tables.main([str(document)]) == 0 and tables.main(["--check", str(document)]) == 0
+    text = document.read_text()
+    assert text.index("| resnet_fused | 1000.0 | 1.25 |") < text.index("| torchvision-nhwc | 800.0 | 1.00 |")
+    assert "openvino (error 1e-1)" in text and text.startswith("before") and text.endswith("after\n")
+    document.write_text(text.replace("1000.0", "1001.0"))
+    assert tables.main(["--check", str(document)]) == 1
+    document.write_text("<!-- generated: inference absent.json -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="absent.json is not there"):
+        tables.main([str(document)])
+
+
+@pytest.mark.parametrize("make", [host.forward, host.train_step], ids=["inference", "training"])
+def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make):
+    """A gate: the ratio of the least CPU times of one run, interleaved, never an absolute time."""
+    torchvision = pytest.importorskip("torchvision")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    pair = {"theirs": theirs.to(memory_format=torch.channels_last), "ours": models.ResNet(BasicBlock, [1, 1, 1, 1])}
+    x = torch.randn(2, 3, 112, 112).contiguous(memory_format=torch.channels_last)
+    calls = {name: make(model, x) for name, model in pair.items()}
+    least, ratio = dict.fromkeys(calls, math.inf), math.inf
+    try:
+        for _ in range(8):  # until a quiet moment was met by both
+            found = host.least(calls, 5, CPU)
+            least = {name: min(least[name], us) for name, us in found.items()}
+            ratio = least["ours"] / least["theirs"]
+            if ratio <= 1.15:
+                return
+    finally:
+        torch.set_num_threads(threads)
+    pytest.fail(f"{ratio:.2f} times torchvision's CPU time")
+
+
+FAKE = """#!/bin/bash
+echo "$*" >> "$LOG"
+[[ "$*" == *"$FAILS"* && -n "$FAILS" ]] && exit 1
+exit 0
+"""
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """Runs benchmarks/gpu.sh with a Python that only writes down what it is asked; the status and the lines."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+    if not script.is_file():
+        pytest.skip("benchmarks/ comes with the sources only")
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+
+    def run(part, fails=""):
+        log.write_text("")
+        env = dict(os.environ, PART=str(part), OUT=str(tmp_path / "out"), PYTHON=str(python), LOG=str(log), FAILS=fails)
+        done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=60)
+        limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
+        return done.returncode, log.read_text().splitlines()[1:], limits
+
+    return run
+
+
+def test_the_first_part_saves_the_device_first_and_goes_on_after_a_cut(gpu_script):
+    status, lines, limits = gpu_script(1)
+    words = ["device.py", "doctor", "suite parity", "suite ops", "--batches 1 32 256", "--suite training"]
+    kept = [line for line in lines if "pip install" not in line]
+    assert status == 0 and all(word in line for word, line in zip(words, kept, strict=True))
+    assert sum(limits[:2]) <= 60 and sum(limits) < 540
+    assert gpu_script(1)[1] == []  # all is kept
+    assert gpu_script(4, fails="resnet.py")[0] == 1
+    status, lines, _ = gpu_script(4)
+    assert status == 0 and len(lines) == 1 and "--resume" in lines[0]
+
+
+@pytest.mark.parametrize("part", [2, 3, 4, 5, 7])
+def test_every_part_ends_within_nine_minutes(gpu_script, part):
+    status, lines, limits = gpu_script(part)
+    assert status == 0 and lines and sum(limits) < 540
+
+
+def test_an_unknown_part_is_told(gpu_script):
+    assert gpu_script(9)[0] == 2
+
+
+def test_several_batches_go_on_where_they_were_cut_off(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "resnet.py"
+    if not script.is_file():
+        pytest.skip("benchmarks/ comes with the sources only")
+    small = [
+        "--models",
+        "resnet18",
+        "--image-size",
+        "32",
+        "--variants",
+        "resnet_fused",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(script.parent.parent), *sys.path]))
+    for batches in (["1"], ["1", "2"]):
+        command = [
+            sys.executable,
+            script,
+            *small,
+            "--batches",
+            *batches,
+            "--dtypes",
+            "float32",
+            "--out",
+            tmp_path,
+            "--resume",
+        ]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    [path] = tmp_path.iterdir()
+    assert [report["batch"] for report in json.loads(path.read_text())] == [1, 2]
+    assert done.stdout.count("resnet18 inference") == (1 if bench.conditions(CPU)["commit"] else 2)
+
+
+def test_two_runs_of_pytest_benchmark_are_compared(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ comes with the sources only")
+    options = ["-q", "-k", "conv-1x1-join-float32-eager", "--benchmark-only", "--benchmark-storage=store"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(folder.parent), *sys.path])}
+    for more in ("--benchmark-save=one", "--benchmark-compare=0001"):
+        command = [sys.executable, "-m", "pytest", str(folder), *options, more, "-pno:cacheprovider"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "(0001_one)" in done.stdout and "machine_info is different" not in done.stdout

@@ -15,7 +15,7 @@ RANKS = [
     {"reproduce"},
     {"analysis"},
     {"evaluation", "doctor"},
-    {"bench", "train", "__init__"},
+    {"bench", "report", "train", "__init__"},
     {"testing", "explain", "tune", "info", "deploy", "fuse", "timm_models"},
     {"graphs"},
     {"models"},

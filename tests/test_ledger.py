@@ -189,7 +189,7 @@ def test_memory_is_read_with_its_unit():
 
 @pytest.mark.parametrize(
     ("scheme", "mb", "images"),
-    [("eager", 157.6, 27.7), ("epilogue apart", None, 44.8), ("fused", 52.7, 70.6), ("training, eager", 465, 9.4)],
+    [("unfused", 157.6, 27.7), ("epilogue apart", None, 44.8), ("fused", 52.7, 70.6), ("unfused training", 465, 9.4)],
 )
 def test_floors_of_resnet50_on_an_h200(scheme, mb, images):
     """Figures that were worked out by hand: batch 256, 16 bits, 4.8 TB/s and 989 TFLOP/s; thousands of images."""

@@ -23,7 +23,8 @@ def collect(
         head: what the rows have in common, with their "conditions".
         rows: each row's key, and what makes it.
         path: the JSON file, or None.
-        resume: take over the rows of the file that is there, if its head says the same, conditions apart.
+        resume: take over the rows of the file that is there, if its head says the same, conditions apart, and this
+            commit wrote it.
         show: a row's printed line.
 
     Raises:
@@ -44,14 +45,14 @@ def collect(
 
 
 def kept(path: Path, head: Row) -> list[Row]:
-    """The rows of a file that was cut off; none where there is no file."""
+    """The rows of a file that was cut off; none where there is no file, or of another commit."""
     if not path.exists():
         return []
     try:
         before = json.loads(path.read_text())
         same = all(before[key] == value for key, value in head.items() if key != "conditions")
         if same:
-            return before["rows"]
+            return before["rows"] if before["conditions"]["commit"] == head["conditions"]["commit"] else []
     except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"--resume: {path} holds something else; remove it, or leave --resume out")

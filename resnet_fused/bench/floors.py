@@ -19,7 +19,7 @@ DEVICES = {  # peak bandwidth and dense 16-bit rate, from the makers' data sheet
     "h100": Ceilings(3.35e12, 989e12),
     "a100": Ceilings(2.04e12, 312e12),
 }
-SCHEMES = (registry.PLAIN, "epilogue apart", "fused", "training, eager")
+SCHEMES = ("unfused", "epilogue apart", "fused", "unfused training")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Layer:
         if scheme == "epilogue apart":  # a projection's BN is part of the block's end
             return [conv, *([] if self.shortcut else [((2 + self.joins) * z, 0.0)])]
         relu = not self.shortcut
-        if scheme == registry.PLAIN:
+        if scheme == "unfused":
             return [conv, (2 * z, 0.0), *self.joins * [(3 * z, 0.0)], *relu * [(2 * z, 0.0)]]
         forward = [conv, (3 * z, 0.0), *self.joins * [(3 * z, 0.0)], *relu * [(2 * z, 0.0)]]
         gradients = [conv, *(not self.first) * [(z + self.whole_x + self.weight, self.flops)]]
@@ -83,7 +83,7 @@ def layers(model: str, batch: int, itemsize: int = 2, image_size: int = 224) -> 
 
 def pool(stem: Layer, scheme: str) -> Layer:
     """The max pooling behind the stem, as a layer."""
-    steps = 2 if scheme.startswith("training") else 1
+    steps = 2 if scheme.endswith("training") else 1
     return dataclasses.replace(stem, name="maxpool", x=steps * 1.25 * stem.z, z=0.0, weight=0.0, flops=0.0)
 
 

@@ -63,7 +63,7 @@ def measure(
     return {"case": case.id, **shape, "bytes": case.bytes(dtype), "flops": case.flops(), "backends": found}
 
 
-def call(case: Case, backend: str, args: tuple, kwargs: dict[str, Any]) -> object:
+def call(case: Case, backend: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     with registry.backend(backend):
         return OPS[case.op](*args, **kwargs)
 
