@@ -185,6 +185,9 @@ def test_what_the_tensors_do_not_tell_is_noted_beside_them(tmp_path):
         resnet50(weights=paths["v1"], stride_in_1x1=False)
     with pytest.raises(ValueError, match="shortcut='A', this one has None"):
         load_weights(resnet50(num_classes=5, shortcut=None), paths["A"])
+    torch.save(get_model("resnet18", shortcut="A").state_dict(), paths["A"])  # a plain network's keys and shapes
+    with pytest.raises(ValueError, match="of a model with shortcut='A', plain18 has None"):
+        get_model("plain18", weights=paths["A"])
 
 
 def test_files_of_others_are_torchvisions_v1_5(tmp_path):

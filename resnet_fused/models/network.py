@@ -224,9 +224,10 @@ def build(
     weights: WeightsArg,
     progress: bool,
     kwargs: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
     **fixed: Any,
 ) -> Network:
-    """The model of that name: `network(block, layers)` with what its name and its weights ask for.
+    """The model of that name: `network(block, layers)` with what its name and its weights ask for, else `defaults`.
 
     `features_only=True` among the arguments gives its `FeatureNet`, with the outputs of `out_indices`. With weights,
     num_classes=0 leaves out their classifier, and in_chans other than 3 adapts their first convolution.
@@ -236,14 +237,19 @@ def build(
         raise ValueError(f"out_indices={out_indices} needs features_only=True")
     source = resolve(name, weights)
     expected = fixed | (source.model_kwargs if source else {})
+    for key, value in fixed.items():
+        if expected[key] != value:
+            raise ValueError(
+                f"weights={str(weights)!r} are of a model with {key}={expected[key]!r}, {name} has {value!r}"
+            )
     headless = kwargs.get("num_classes") == 0
     if headless:
         expected.pop("num_classes", None)
     for key, value in expected.items():
         if kwargs.setdefault(key, value) != value:
-            given = f" with weights={weights!r}" if source else ""
+            given = f" with weights={str(weights)!r}" if source else ""
             raise ValueError(f"{name}{given} takes {key}={value}, got {key}={kwargs[key]}")
-    model = network(block, layers, **kwargs)
+    model = network(block, layers, **(defaults or {}) | kwargs)
     if source:
         state = source.state_dict(progress)
         if headless:

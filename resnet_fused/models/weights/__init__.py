@@ -91,7 +91,8 @@ def load_weights(model: nn.Module, weights: WeightsArg, progress: bool = True) -
     source = resolve(None, weights)
     if source is None:
         return
-    for key, torchvisions in _TORCHVISIONS.items():
+    other = not source.published and describe(source.state_dict(progress)) != describe(model.state_dict())
+    for key, torchvisions in () if other else _TORCHVISIONS.items():  # of others load_state_dict says what they are
         own = getattr(model, key, torchvisions)
         if own != (expected := source.model_kwargs.get(key, own)):
             raise ValueError(

@@ -75,7 +75,7 @@ class _Annotated(dict):
 def notes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> dict[str, Any]:
     """What the network noted beside its state_dict, of these keys; empty where another one wrote it."""
     metadata = getattr(state, "_metadata", None) or {}
-    noted = next((entry for entry in metadata.values() if set(keys) <= set(entry)), {})
+    noted: dict[str, Any] = next((entry for entry in metadata.values() if set(keys) <= set(entry)), {})
     return {key: noted[key] for key in keys if key in noted}
 
 

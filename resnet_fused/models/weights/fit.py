@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DEPTHS = {  # by whether there are bottlenecks, and the blocks of every stage
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {  # by whether there are bottlenecks, and the blocks of every stage
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
     (True, (3, 4, 6, 3)): 50,
     (True, (3, 4, 23, 3)): 101,
     (True, (3, 8, 36, 3)): 152,
 }
-_WIDTHS = {  # by the shape of the first 3x3 convolution
+_WIDTHS: dict[tuple[int, ...], str] = {  # by the shape of the first 3x3 convolution
     (64, 64): "resnet{}",
     (128, 128): "wide_resnet{}_2",
     (128, 4): "resnext{}_32x4d",
