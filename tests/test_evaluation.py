@@ -25,7 +25,7 @@ from resnet_fused.evaluation import (
     fully_convolutional,
     multi_scale,
 )
-from resnet_fused.evaluation.scores import _rank, _Scorer
+from resnet_fused.evaluation.scores import Scorer, _rank, group
 from resnet_fused.train import checkpoint, load_model
 from resnet_fused.train.augment import Normalise, center_crop
 
@@ -103,7 +103,7 @@ def probabilities(network: Network, image: Image.Image) -> Tensor:
 
 def score(network: Network, views, *images: Image.Image) -> Tensor:
     with torch.inference_mode():
-        return _Scorer(network, views, CPU, torch.float32)([views.transform(image) for image in images])
+        return Scorer(network, views, CPU, torch.float32)(group([views.transform(image) for image in images]))
 
 
 # views

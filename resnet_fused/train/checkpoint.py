@@ -63,8 +63,13 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict) or content.get("format") != RUN_FORMAT:
         raise ValueError(f"{path} is not a checkpoint of resnet-fused train")
-    content.setdefault("crop", 224 if content["config"]["recipe"] == "imagenet" else None)  # of runs before that key
-    return content
+    return complete(content)
+
+
+def complete(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content with the keys that runs of before did not write."""
+    crops = content["config"]["recipe"] == "imagenet"
+    return {"resize": 256 if crops else None, "crop": 224 if crops else None} | content
 
 
 def load_model(path: str | os.PathLike) -> tuple[models.ResNet, dict[str, Any]]:

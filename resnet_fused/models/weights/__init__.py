@@ -40,11 +40,12 @@ class Source(NamedTuple):
     name: str
     model_kwargs: dict[str, Any]  # what the model's constructor must be given
     state_dict: Callable[[bool], dict[str, Tensor]]  # progress -> tensors
-    published: "WeightsEnum | str | None" = None  # torchvision's member, or "MSRA"
+    published: bool = False  # for ImageNet, by torchvision or the paper's authors
+    member: "WeightsEnum | None" = None  # of torchvision's enum
     run: dict[str, Any] | None = None  # the checkpoint of a run of resnet-fused train
 
 
-def resolve(model_name: str | None, weights: WeightsArg) -> Source | None:
+def resolve(model_name: str | None, weights: "WeightsArg | Source") -> Source | None:
     """What `weights` stands for; files are read at once, nothing is downloaded yet. None for None.
 
     Args:
@@ -58,13 +59,13 @@ def resolve(model_name: str | None, weights: WeightsArg) -> Source | None:
         FileNotFoundError: no file at that path.
         ImportError: an enum's name without torchvision.
     """
-    if weights is None:
-        return None
+    if weights is None or isinstance(weights, Source):
+        return weights
     if isinstance(weights, str) and weights == "MSRA":
         if model_name not in (None, "resnet50"):
             raise ValueError(f"weights='MSRA' are those of resnet50, not of {model_name}")
         kwargs = {"num_classes": 1000, "stem": "caffe", "stride_in_1x1": True}
-        return Source("MSRA", kwargs, lambda progress: _msra(progress), published="MSRA")
+        return Source("MSRA", kwargs, lambda progress: _msra(progress), published=True)
     if isinstance(weights, enum.Enum):
         return _published(_member(model_name, type(weights).__name__, weights.name, weights))
     if isinstance(weights, (str, os.PathLike)):
@@ -141,4 +142,4 @@ def _member(model_name: str | None, class_name: str, member: str, weights: Any) 
 def _published(weights: "WeightsEnum") -> Source:
     kwargs = {"num_classes": len(weights.meta["categories"]), "stem": "imagenet", "stride_in_1x1": False}
     name = f"{type(weights).__name__}.{weights.name}"
-    return Source(name, kwargs, lambda progress: tensors(weights, progress), published=weights)
+    return Source(name, kwargs, lambda progress: tensors(weights, progress), published=True, member=weights)
