@@ -85,11 +85,11 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     with registry.backend(args.backend), torch.inference_mode():
         for batch in _batches(names, args.batch):
             scores = score(group([views.transform(image) for _, image in batch])).cpu()
-            if not rows and not args.json:
-                print("{model}, weights {weights}, on {device}, backend {backend}".format(**head))
             for (name, _), probabilities in zip(batch, scores, strict=True):
                 if not probabilities.isfinite().all():
                     raise FloatingPointError(_not_finite(name, network))
+                if not rows and not args.json:
+                    print("{model}, weights {weights}, on {device}, backend {backend}".format(**head))
                 rows.append({"image": name, "top": _top(network, probabilities, args.top)})
                 if not args.json:
                     shown = [(f"{row['probability']:.2%}", row["class"]) for row in rows[-1]["top"]]
