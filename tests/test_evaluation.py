@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from skimage import data as photographs
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.transforms import functional as tvf
 from torchvision.transforms import v2
@@ -26,6 +28,7 @@ from resnet_fused.evaluation import (
     fully_convolutional,
     multi_scale,
 )
+from resnet_fused.evaluation.networks import _imagenet
 from resnet_fused.evaluation.scores import Scorer, _rank, group
 from resnet_fused.train import checkpoint, load_model
 from resnet_fused.train.augment import Normalise, center_crop
@@ -268,6 +271,64 @@ def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
     (tmp_path / "val" / "espresso").rename(tmp_path / "val" / "a dish")
     with pytest.raises(AssertionError, match="has 1000 classes, the data have 2, of which 'a dish' is none of them"):
         output(*argv)
+
+
+@pytest.fixture
+def imagenette(tmp_path):
+    """Noise in the folders of some of ImageNet's wnids; which outputs stand for them."""
+    outputs = {"n03394916": 566, "n01440764": 0, "n02102040": 217}  # French horn, tench, English springer
+    for wnid in outputs:
+        (folder := tmp_path / "val" / wnid).mkdir(parents=True)
+        noise(230, 250).save(folder / "noise.png")
+    return f"imagefolder:{tmp_path}", [outputs[wnid] for wnid in sorted(outputs)]
+
+
+def test_a_subset_of_imagenet_by_wnids_is_matched_with_the_thousand_outputs(imagenette):
+    data, outputs = imagenette
+    model = models.resnet18(widths=(8, 8, 8, 8))
+    nn.init.zeros_(model.fc.weight), nn.init.zeros_(model.fc.bias)
+    with torch.no_grad():
+        model.fc.bias[outputs[1]] = 1  # always that class, whatever the image
+    network = Network("n", model.eval(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1), _imagenet(1000), "imagenet")
+    assert network.targets(Samples(data, CENTER).classes).tolist() == outputs
+    result = evaluate([network], Samples(data, CENTER), workers=0)
+    assert [row["top1_error"] for row in result.per_class] == [100, 0, 100]
+    with pytest.raises(ValueError, match="of which 'n99999999' is none of them"):
+        network.targets(("n01440764", "n99999999"))
+    few = network._replace(model=models.resnet18(**NARROW), classes=None)
+    with pytest.raises(ValueError, match="of which 'n01440764' is none of them"):
+        few.targets(("n01440764", "n02102040"))
+
+
+def test_wnids_are_in_torchvisions_order():
+    names = _imagenet(1000)
+    order = dict(zip(ImageNetInfo("imagenet-1k").label_names(), names, strict=True))
+    assert order["n01440764"] == "tench" and order["n02123045"] == "tabby" and order["n03394916"] == "French horn"
+    assert sorted(order) == list(order)
+
+
+def test_a_subset_of_imagenet_without_timm(imagenette, monkeypatch, fails, msra):
+    for name in [m for m in sys.modules if m.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in fails("eval", "resnet50:MSRA", "--data", imagenette[0], "--workers", 0)
+
+
+def test_published_weights_as_an_ensemble(msra, imagenette, output, tmp_path):
+    torch.manual_seed(0)
+    torch.save(models.resnet18().state_dict(), tmp_path / "r.pth")
+    argv = ("eval", "resnet50:MSRA", f"resnet18:{tmp_path / 'r.pth'}", "--data", imagenette[0], "--workers", 0)
+    result = json.loads(output(*argv, "--json", "--device", "cpu"))
+    assert result["networks"] == ["resnet50, weights MSRA", f"resnet18, weights {tmp_path / 'r.pth'}"]
+    assert result["images"] == 3 and result["views"] == "center crop of 224, short side 256"
+
+
+def test_workers_give_what_the_process_itself_gives(imagenette, saved):
+    network = Network.from_checkpoint(saved("resnet18", recipe="imagenet", widths=(8, 8, 8, 8)))
+    network = network._replace(classes=("n01440764", "n02102040", "n03394916", *"abcdefg"))
+    for views in (CENTER, multi_scale([224, 256])):
+        samples = Samples(imagenette[0], views)
+        assert evaluate([network], samples, workers=0) == evaluate([network], samples, workers=2, batch=2)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,15 @@ def test_cached_torchvision_weights(tmp_path, monkeypatch, given):
     assert same(source.state_dict(), model.state_dict())
 
 
+def test_a_damaged_file_of_torchvisions_says_how_to_mend_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=f"the cached {file} is damaged .*; delete it, it is then fetched anew"):
+        resnet18(weights="DEFAULT")
+
+
 def test_download_that_fails(tmp_path, monkeypatch):
     def urlopen(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")

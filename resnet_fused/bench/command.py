@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fuse",
         action="store_true",
-        help="the model of torchvision or timm as it is, beside itself fused; default: this package's beside torchvision's",
+        help="a model of torchvision or timm as it is, beside itself fused; default: ours beside torchvision's",
     )
     parser.add_argument(
         "--suite",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit",
         type=fit.memory,
         metavar="MEMORY",
-        help="with --suite training: the cheapest recompute mode and the largest batch whose step fits, as 24GiB; default: none",
+        help="with --suite training: the cheapest recompute and the largest batch that fit, as 24GiB; default: none",
     )
     parser.add_argument(
         "--resume",

@@ -121,8 +121,8 @@ class Network(NamedTuple):
         """
         own = self.classes or ()
         outputs = self.model.fc.out_features
-        by_wnid = self.classes == _imagenet(outputs) and bool(classes) and all(map(_WNID.fullmatch, classes))
-        if by_wnid and len(classes) < outputs:
+        imagenets = outputs == 1000 and self.classes == _imagenet(outputs)
+        if imagenets and len(classes) < outputs and all(map(_WNID.fullmatch, classes)):
             own = _wnids()
         known = {c: i for i, c in enumerate(own) if own.count(c) == 1}
         if all(c in known for c in classes):
