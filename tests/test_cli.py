@@ -16,6 +16,7 @@ import torchvision
 from PIL import Image
 from skimage import data
 from torchvision.transforms import functional as tvf
+from train_runs import image_folder
 
 import resnet_fused
 from resnet_fused import bench, cli
@@ -159,6 +160,21 @@ def test_preprocessing_is_that_of_the_weights(photo, empty_caches):
         (x,) = network.views().transform(Image.open(photo).convert("RGB"))
         x = (x / 255 - network.mean) / network.std
         torch.testing.assert_close(x, member.transforms()(Image.open(photo).convert("RGB"))[None])
+
+
+def test_fine_tuned_evaluated_classified_and_exported_by_four_commands(checkpoint, photo, output, tmp_path):
+    data, run, path = image_folder(tmp_path / "data"), str(tmp_path / "run"), tmp_path / "model.safetensors"
+    argv = ("--init", checkpoint, "--model", "resnet18", "--data", data, "--iterations", "2", "--batch", "2")
+    output("train", "--recipe", "finetune", *argv, "--workers", "0", "--device", "cpu", "--out", run)
+    result = json.loads(output("eval", run, "--device", "cpu", "--workers", "0", "--json"))
+    assert result["images"] == 6 and result["data"] == data
+    (image,) = json.loads(output("predict", photo, "--weights", run, "--device", "cpu", "--json"))["images"]
+    assert {row["class"] for row in image["top"]} == {"cat", "dog"}
+    output("export", str(path), "--weights", run)
+    exported = resnet18(weights=path)
+    assert exported.fc.out_features == 2 and torch.equal(
+        exported.fc.bias, torch.load(f"{run}/{runs.NAME}")["state_dict"]["fc.bias"]
+    )
 
 
 # errors
