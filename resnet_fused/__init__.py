@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import models, ops
+from . import _numpy, models, ops  # noqa: F401  _numpy first
 from ._version import __version__
 from .deploy import deploy, export
 from .dispatch.registry import BackendUnavailable, backend, get_backend, set_backend

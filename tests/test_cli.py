@@ -1,4 +1,6 @@
+import argparse
 import importlib
+import io
 import json
 import math
 import os
@@ -13,13 +15,17 @@ import torch
 import torchvision
 from PIL import Image
 from skimage import data
+from torchvision.transforms import functional as tvf
+from train_runs import image_folder
 
 import resnet_fused
 from resnet_fused import bench, cli
-from resnet_fused.cli import main
+from resnet_fused.cli import info, main, predict
 from resnet_fused.dispatch import registry
+from resnet_fused.evaluation import Network
 from resnet_fused.fetch import fetch
-from resnet_fused.models import resnet18
+from resnet_fused.models import get_model, resnet18, resnet50
+from resnet_fused.train import checkpoint as runs
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_real_weights_know_real_photographs(msra, output, tmp_path, name, expect
 
 def test_fetched_msra_is_taken_without_asking_the_network(msra, photo, output, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(cli, "_unreachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(predict, "_unreachable", lambda url: pytest.fail("asked the network"))
     assert "weights MSRA" in output("predict", photo)
 
 
@@ -111,7 +117,7 @@ def test_probabilities_are_the_models(photo, checkpoint, output):
     argv = ("predict", photo, "--model", "resnet18", "--weights", checkpoint, "--top", "3")
     top = json.loads(output(*argv, "--json"))["images"][0]["top"]
     assert [row["index"] for row in top] == expected.indices.tolist()
-    assert [row["probability"] for row in top] == expected.values.tolist()
+    assert [row["probability"] for row in top] == pytest.approx(expected.values.tolist())
     assert [row["class"] for row in top] == [preset.meta["categories"][i] for i in expected.indices]
     table = output(*argv)
     assert f"resnet18, weights {checkpoint}, on cpu" in table or "on cuda" in table
@@ -143,13 +149,32 @@ def test_cached_torchvision_weights_are_the_default(photo, checkpoint, output, n
     assert "weights ResNet18_Weights.IMAGENET1K_V1" in output("predict", photo, "--model", "resnet18")
 
 
-def test_preprocessing_is_that_of_the_weights():
+def test_preprocessing_is_that_of_the_weights(photo, empty_caches):
     weights = torchvision.models.ResNet50_Weights
-    assert cli._preset("resnet50", "MSRA") is weights.IMAGENET1K_V1
-    assert cli._preset("resnet50", "some.pth") is weights.IMAGENET1K_V1
-    assert cli._preset("resnet50", "DEFAULT") is weights.IMAGENET1K_V2
-    assert cli._preset("resnet50", "ResNet50_Weights.IMAGENET1K_V2") is weights.IMAGENET1K_V2
-    assert cli._preset("resnet50", weights.DEFAULT) is weights.IMAGENET1K_V2
+    for member, resize in ((weights.IMAGENET1K_V1, 256), (weights.IMAGENET1K_V2, 232)):
+        file = empty_caches / "torch" / "hub" / "checkpoints" / member.url.rpartition("/")[2]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(resnet50().state_dict(), file)
+        network = Network.from_weights("resnet50", member.name)
+        assert network.resize == resize and network.classes == tuple(member.meta["categories"])
+        (x,) = network.views().transform(Image.open(photo).convert("RGB"))
+        x = (x / 255 - network.mean) / network.std
+        torch.testing.assert_close(x, member.transforms()(Image.open(photo).convert("RGB"))[None])
+
+
+def test_fine_tuned_evaluated_classified_and_exported_by_four_commands(checkpoint, photo, output, tmp_path):
+    data, run, path = image_folder(tmp_path / "data"), str(tmp_path / "run"), tmp_path / "model.safetensors"
+    argv = ("--init", checkpoint, "--model", "resnet18", "--data", data, "--iterations", "2", "--batch", "2")
+    output("train", "--recipe", "finetune", *argv, "--workers", "0", "--device", "cpu", "--out", run)
+    result = json.loads(output("eval", run, "--device", "cpu", "--workers", "0", "--json"))
+    assert result["images"] == 6 and result["data"] == data
+    (image,) = json.loads(output("predict", photo, "--weights", run, "--device", "cpu", "--json"))["images"]
+    assert {row["class"] for row in image["top"]} == {"cat", "dog"}
+    output("export", str(path), "--weights", run)
+    exported = resnet18(weights=path)
+    assert exported.fc.out_features == 2 and torch.equal(
+        exported.fc.bias, torch.load(f"{run}/{runs.NAME}")["state_dict"]["fc.bias"]
+    )
 
 
 # errors
@@ -164,7 +189,61 @@ def test_missing_image(fails, checkpoint, tmp_path):
 def test_broken_image(fails, checkpoint, photo, tmp_path, content):
     path = tmp_path / "broken.jpg"
     path.write_bytes(Path(photo).read_bytes()[:2000] if content == b"half" else content)
-    assert f"image {path} can't be read: " in fails("predict", photo, str(path), "--weights", checkpoint)
+    assert f"image {path} can't be read: " in fails("predict", str(path), "--weights", checkpoint)
+
+
+@pytest.mark.parametrize("batch", ["1", "2", "9"])
+def test_of_several_images_what_can_be_read_is_shown(checkpoint, photo, tmp_path, capsys, batch):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    names = [photo, "nowhere.jpg", str(broken), photo, photo]
+    argv = ["predict", *names, "--weights", checkpoint, "--top", "1", "--batch", batch]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert [block.splitlines()[0] for block in out.split("\n\n")[1:]] == [photo] * 3
+    lines = err.splitlines()
+    assert len(lines) == 2 and "image nowhere.jpg: there is no such file" in lines[0]
+    assert lines[1].startswith(f"resnet-fused: error: image {broken} can't be read: ")
+    assert main([*argv, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert [image["image"] for image in result["images"]] == [photo] * 3
+    first, _, last = (image["top"][0] for image in result["images"])
+    assert first["class"] == last["class"] and first["probability"] == pytest.approx(last["probability"])
+
+
+def test_an_image_from_standard_input(checkpoint, photo, output, monkeypatch):
+    expected = json.loads(output("predict", photo, "--weights", checkpoint, "--json"))["images"][0]["top"]
+    with open(photo, "rb") as file:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        found = json.loads(output("predict", "-", "--weights", checkpoint, "--json"))
+    assert found["model"] == "resnet18" and found["images"] == [{"image": "-", "top": expected}]
+
+
+@pytest.mark.parametrize(
+    "name, size, classes, whole",
+    [("cifar_resnet20", 32, ("left", "right"), True), ("resnet18", 224, ("a", "b", "c"), False)],
+)
+@pytest.mark.parametrize("given", [Path, lambda folder: folder / runs.NAME])
+def test_a_run_has_its_own_classes_and_normalisation(tmp_path, photo, output, name, size, classes, whole, given):
+    torch.manual_seed(0)
+    model = get_model(name, num_classes=len(classes)).eval()
+    mean, std = torch.tensor([0.1, 0.5, 0.9])[:, None, None], torch.full((3, 1, 1), 0.3)
+    content = {
+        "model": name,
+        "model_kwargs": {"num_classes": len(classes)},
+        "state_dict": model.state_dict(),
+        "step": 1,
+    }
+    content |= {"mean": mean, "std": std, "classes": list(classes), "config": {"recipe": "modern", "data": "cifar10"}}
+    runs.save(tmp_path, content | ({} if whole else {"resize": 256, "crop": 224}))
+    result = json.loads(output("predict", photo, "--weights", str(given(tmp_path)), "--json", "--device", "cpu"))
+    image = Image.open(photo).convert("RGB")
+    image = image.resize((32, 32)) if whole else tvf.center_crop(tvf.resize(image, [256]), [224])
+    with torch.inference_mode():
+        scores = model((tvf.to_tensor(image) - mean)[None] / std).softmax(1)[0]
+    assert result["model"] == name and image.size == (size, size)
+    top = {row["class"]: row["probability"] for row in result["images"][0]["top"]}
+    assert top == pytest.approx(dict(zip(classes, scores.tolist(), strict=True)), abs=0.02 if whole else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +257,13 @@ def test_broken_image(fails, checkpoint, photo, tmp_path, content):
         (["predict", "--device", "mars"], 'device must be "cpu", "cuda" or "cuda:N", got \'mars\''),
         (["predict", "--device", "meta"], 'device must be "cpu", "cuda" or "cuda:N", got \'meta\''),
         (["predict", "--device", "cuda:99"], "device 'cuda:99' is not there: PyTorch sees"),
-        (["predict", "--weights", "nonsense.ckpt"], "weights='nonsense.ckpt' is not known; accepted are"),
+        (["predict", "--weights", "nonsense"], "ResNet50_Weights has IMAGENET1K_V1, IMAGENET1K_V2"),
+        (["predict", "--weights", "a/b"], "weights='a/b' is not known; accepted are"),
+        (["predict", "--weights", "nonsense.ckpt"], "there is no such file"),
         (["predict", "--weights", "nowhere.pth"], "no such file"),
         (["predict", "--model", "resnet18", "--weights", "MSRA"], "those of resnet50, not of resnet18"),
         (["fetch", "imagenet"], "invalid choice: 'imagenet' (choose from"),
         (["dance"], "invalid choice: 'dance'"),
-        ([], "required"),
     ],
 )
 def test_bad_arguments(fails, argv, message):
@@ -192,7 +272,9 @@ def test_bad_arguments(fails, argv, message):
 
 def test_weights_that_do_not_fit(fails, photo, checkpoint):
     line = fails("predict", photo, "--model", "resnet34", "--weights", checkpoint)
-    assert f"weights {checkpoint} don't fit ResNet: missing: layer1.2.conv1.weight" in line
+    assert (
+        f"weights {checkpoint} don't fit ResNet: they are of resnet18, the model is resnet34 (missing: layer1.2" in line
+    )
 
 
 def test_backend_that_is_not_there(fails, photo, checkpoint):
@@ -205,7 +287,7 @@ def test_backend_that_is_not_there(fails, photo, checkpoint):
 def test_a_backend_of_the_environment_that_does_not_exist(fails, output, photo, monkeypatch):
     monkeypatch.setattr(registry, "_forced", "bad")
     monkeypatch.setitem(registry._asked, None, "bad")
-    monkeypatch.setattr(cli, "_default_weights", lambda model: pytest.fail("looked for weights"))
+    monkeypatch.setattr(predict, "_default_weights", lambda model: pytest.fail("looked for weights"))
     reason = "there is no backend 'bad', RESNET_FUSED_BACKEND must be one of auto, cuda, triton"
     assert reason in fails("predict", photo)
     assert reason in output("info")
@@ -242,7 +324,7 @@ def test_a_network_that_never_answers_costs_seconds(monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     start = time.perf_counter()
-    assert cli._unreachable("https://example.org", seconds=0.2) == "no answer within 0.2 s"
+    assert predict._unreachable("https://example.org", seconds=0.2) == "no answer within 0.2 s"
     assert time.perf_counter() - start < 2
 
 
@@ -251,7 +333,7 @@ def test_full_disk(fails, empty_caches, monkeypatch):
     npm.write_text("""#!/bin/sh\necho '{"error": {"code": "ENOSPC", "summary": "nospc"}}'\nexit 1\n""")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{empty_caches}:{os.environ['PATH']}")
-    monkeypatch.setattr(cli, "fetch", lambda name: fetch(name, progress=False))
+    monkeypatch.setattr("resnet_fused.cli.fetch.fetch", lambda name: fetch(name, progress=False))
     line = fails("fetch", "resnet50-msra")
     assert "no space left" in line and str(empty_caches / "home") in line and "RESNET_FUSED_HOME" in line
 
@@ -270,20 +352,84 @@ def test_full_disk_under_standard_output_and_the_module_form():
     assert done.stderr.startswith("resnet-fused: error: no space left") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("package", ["PIL", "skimage", "torchvision"])
-def test_missing_extra(fails, checkpoint, monkeypatch, package):
-    for name in [m for m in sys.modules if m.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    line = fails("predict", "--model", "resnet18", "--weights", checkpoint)
-    assert f'this needs {package}: pip install "resnet_fused[demo]"' in line
+@pytest.mark.parametrize(
+    "command, missing, line",
+    [
+        ("predict", ["PIL"], "predict needs pillow: pip install pillow"),
+        ("predict", ["PIL", "torchvision"], "predict needs pillow, torchvision: pip install pillow torchvision"),
+        ("predict", ["skimage"], "this needs skimage: pip install scikit-image"),
+        ("eval", ["tqdm"], "eval needs tqdm: pip install tqdm"),
+        ("analyze", ["matplotlib"], "analyze needs matplotlib: pip install matplotlib"),
+    ],
+)
+def test_missing_packages_are_named_at_once(fails, monkeypatch, command, missing, line):
+    for package in missing:
+        for name in [m for m in sys.modules if m.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+    assert line in fails(command)
+
+
+@pytest.mark.parametrize("command", ["predict", "eval", "fetch cifar10", "doctor", "export x.onnx --weights MSRA"])
+@pytest.mark.parametrize(
+    "variable, reason",
+    [
+        ("RESNET_FUSED_BACKEND", "there is no backend 'typo', RESNET_FUSED_BACKEND must be one of auto, cuda"),
+        ("RESNET_FUSED_CALIBRATE", "RESNET_FUSED_CALIBRATE must be one of auto, off, full; got 'typo'"),
+    ],
+)
+def test_a_mistyped_variable_is_said_before_anything_else(fails, output, monkeypatch, command, variable, reason):
+    if variable == "RESNET_FUSED_BACKEND":  # which is read when Python starts
+        monkeypatch.setattr(registry, "_forced", "typo")
+    monkeypatch.setenv(variable, "typo")
+    monkeypatch.setattr("resnet_fused.fetch._npm_pack", lambda *args: pytest.fail("fetched"))
+    assert reason in fails(*command.split())
+    assert reason in output("info") and reason in json.loads(output("info", "--json"))["problems"][0]
+
+
+def options():
+    for name in cli.COMMANDS:
+        parser = cli._parser([name])
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        for action in commands.choices[name]._actions:
+            if not isinstance(action, argparse._HelpAction):
+                yield pytest.param(commands.choices[name], action, id=f"{name} {action.dest}")
+
+
+@pytest.mark.parametrize("parser, action", list(options()))
+def test_every_option_has_a_help_that_tells_its_default(parser, action):
+    text = parser._get_formatter()._expand_help(action) if action.help else ""
+    assert text
+    needs_default = action.option_strings and not action.required
+    assert not needs_default or "default" in text
+
+
+def test_without_a_command_the_help_is_printed(output):
+    text = output()
+    assert text.startswith("usage: resnet-fused") and all(name in text for name in cli.COMMANDS)
+
+
+def test_a_reader_that_went_away_is_no_error():
+    command = f"{sys.executable} -m resnet_fused info --models | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_nothing_is_said_of_a_numpy_that_is_missing():
+    code = "import sys; sys.modules['numpy'] = None; import resnet_fused; from resnet_fused.backends import triton; "
+    code += "print(triton.unavailable('cpu'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert "numpy" in done.stdout and done.stdout.endswith("pip install numpy\n")
 
 
 def test_interrupt(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupted)
+    monkeypatch.setattr(info, "main", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -292,7 +438,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
     def bug(args):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(cli, "_info", bug)
+    monkeypatch.setattr(info, "main", bug)
     with pytest.raises(AssertionError):
         main(["info"])
 

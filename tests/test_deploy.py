@@ -323,7 +323,7 @@ def test_what_can_not_be_exported_is_named_and_nothing_is_written(tmp_path):
 def test_the_command_line_exports(tmp_path, capsys):
     weights = export(drawn(resnet_fused.resnet18(num_classes=7)), X, tmp_path / "w.safetensors")
     path = tmp_path / "m.pt2"
-    options = ["--model", "resnet18", "--weights", str(weights), "--num-classes", "7", "--size", "32"]
+    options = ["--model", "resnet18", "--weights", str(weights), "--size", "32"]
     assert cli.main(["export", str(path), *options]) == 0
     assert capsys.readouterr().out.strip() == str(path)
     assert torch.export.load(path).module()(X).shape == (2, 7)

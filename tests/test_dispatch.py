@@ -130,7 +130,7 @@ def test_many_threads_leave_nothing_behind(monkeypatch):
 
 @pytest.mark.parametrize(
     "backend, reason",
-    [("cuda", "built|CUDA"), ("cudnn", "cuDNN|CUDA"), ("onednn", "in eval mode without gradients only")],
+    [("cuda", "built|CUDA"), ("cudnn", "cuDNN|CUDA"), ("onednn", "serves eval mode without gradients only")],
 )
 def test_a_forced_backend_never_falls_back(backend, reason):
     message = f"batch_norm_act: .*'{backend}'.*({reason})"

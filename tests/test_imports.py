@@ -19,12 +19,12 @@ RANKS = [
     {"testing", "explain", "tune", "info", "deploy", "fuse", "timm_models"},
     {"graphs"},
     {"models"},
-    {"layers", "fetch"},
+    {"layers", "fetch", "tables"},
     {"ops"},
     {"dispatch"},
     {"backends"},
 ]
-STANDALONE = {"_version"}  # imports nothing of the package
+STANDALONE = {"_numpy", "_version"}  # imports nothing of the package
 NAMES = {"triton", "cudnn", "onednn", "eager"}  # "cuda" is PyTorch's name of a device, too
 VERSIONS = {"info.py", "bench/conditions.py"}  # say which version of triton and cudnn there is
 

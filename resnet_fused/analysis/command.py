@@ -16,6 +16,7 @@ from .. import models
 from ..dispatch import registry
 from ..evaluation import Network, Samples, batches
 from ..evaluation.command import add_common_arguments, load
+from ..tables import table
 from ..train.batches import Batch, make_source
 from ..train.distributed import World
 from ..train.recipes import Settings
@@ -25,9 +26,13 @@ from .measures import Values, gradient_norms, lesions, responses
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resnet-fused analyze`."""
-    parser.add_argument("--responses", action="store_true", help="standard deviation of the layers' responses")
-    parser.add_argument("--gradients", action="store_true", help="norm of the gradient by every layer's weight")
-    parser.add_argument("--lesions", action="store_true", help="the error without each residual block")
+    parser.add_argument(
+        "--responses", action="store_true", help="standard deviation of the layers' responses; default: no"
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="norm of the gradient by every layer's weight; default: no"
+    )
+    parser.add_argument("--lesions", action="store_true", help="the error without each residual block; default: no")
     add_common_arguments(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="of the networks that --gradients --model draws; default: %(default)s"
@@ -141,21 +146,19 @@ def _text(result: dict[str, Any]) -> str:
             continue
         lines += [f"{title} (plot: {result[measure]['plot']})"]
         for network in result[measure]["networks"]:
-            lines += ["", network["network"], *_table(measure, network), ""]
+            lines += ["", network["network"], _table(measure, network), ""]
     return "\n".join(lines).rstrip()
 
 
-def _table(measure: str, network: dict[str, Any]) -> list[str]:
+def _table(measure: str, network: dict[str, Any]) -> str:
     if measure == "lesions":
-        blocks = [(row["block"], row["error"], f"{row['change']:+9.2f}") for row in network["blocks"]]
-        return [
-            f"  {name:24}{error:9.2f}{change}" for name, error, change in [("(whole)", network["error"], ""), *blocks]
-        ]
+        blocks = [(row["block"], f"{row['error']:.2f}", f"{row['change']:+.2f}") for row in network["blocks"]]
+        whole = ("(whole)", f"{network['error']:.2f}", "")
+        return table([whole, *blocks], ("block", "error", "change"), right=(1, 2), indent=2)
     rows = [tuple(row.values()) for row in network["layers"]]
     if measure == "gradients":
-        return [f"  {layer:24}{norm:12.4g}" for layer, norm in rows]
+        return table([(layer, f"{norm:.4g}") for layer, norm in rows], ("layer", "norm"), right=[1], indent=2)
     ranked = sorted(rows, key=lambda row: -row[1])
-    return [
-        f"  {layer:24}{std:9.4f}      {other:24}{magnitude:9.4f}"
-        for (layer, std), (other, magnitude) in zip(rows, ranked, strict=True)
-    ]
+    pairs = zip(rows, ranked, strict=True)
+    cells = [(layer, f"{std:.4f}", other, f"{most:.4f}") for (layer, std), (other, most) in pairs]
+    return table(cells, ("layer", "std", "by magnitude", "std"), right=(1, 3), indent=2)

@@ -9,6 +9,6 @@ does not fit a device (`UNFIT`).
 """
 
 CONVOLUTIONS_ONLY = (
-    "{name} serves convolutions, and BN behind them, in eval mode without gradients only: call it under "
-    "torch.no_grad(), and pre-activation networks, whose BN comes first, with another backend"
+    "{name} serves eval mode without gradients only, BN behind a convolution: call model.eval() and torch.no_grad(), "
+    "and pre-activation networks, whose BN comes first, with another backend"
 )

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help=f"with --fuse also timm/resnet50d; default: resnet50, for {host.SUITE} {', '.join(host.MODELS)}"
     )
     parser.add_argument(
-        "--fuse", action="store_true", help="the model of torchvision or timm as it is, beside itself fused"
+        "--fuse",
+        action="store_true",
+        help="a model of torchvision or timm as it is, beside itself fused; default: ours beside torchvision's",
     )
     parser.add_argument(
         "--suite",
@@ -54,12 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit",
         type=fit.memory,
         metavar="MEMORY",
-        help="with --suite training: the cheapest recompute mode and the largest batch whose step fits, as 24GiB",
+        help="with --suite training: the cheapest recompute and the largest batch that fit, as 24GiB; default: none",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="parity and ops: go on with the rows that the JSON file has"
+        "--resume",
+        action="store_true",
+        help="parity and ops: go on with the rows that the JSON file has; default: begin anew",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples and their conditions there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the samples and their conditions there too; default: nowhere"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

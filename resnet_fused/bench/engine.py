@@ -153,7 +153,7 @@ def torchvision() -> ModuleType:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError:
         raise ImportError(
-            'torchvision is what bench compares with, and it is not installed: pip install "resnet_fused[bench]"'
+            "torchvision is what bench compares with, and it is not installed: pip install torchvision"
         ) from None
     except Exception as error:  # built for another torch
         raise ImportError(f"torchvision does not load beside torch {torch.__version__}: {error}") from None

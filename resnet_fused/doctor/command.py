@@ -4,7 +4,6 @@ import argparse
 import collections
 import itertools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from .. import explain, info, models
 from ..bench import host
 from ..dispatch import registry
+from ..tables import table
 from . import layers, parity, replay, runs
 
 SIZE, BATCH, BATCHES = 224, 32, (1, 32, 256)  # images; of the layers, and end to end
@@ -23,9 +23,14 @@ _WITHOUT_GPU = (
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    command.add_argument("--replay", type=Path, metavar="FILE", help="run a refused kernel's check again, nothing else")
+    command.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU where there is one")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write everything there too; default: nowhere")
+    command.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="run a refused kernel's check again, nothing else; default: all of doctor",
+    )
 
 
 def main(args: argparse.Namespace, device: torch.device) -> int:
@@ -147,8 +152,5 @@ def _layer_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
-def _print(table: Iterable[list[str]]) -> None:
-    rows = list(table)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _print(rows: list[list[str]]) -> None:
+    print(table(rows[1:], rows[0], indent=2))

@@ -2,14 +2,15 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import models
 from ..dispatch import registry
+from ..tables import table
 from ..train.recipes import DTYPES
 from .networks import Network
 from .scores import Result, Samples, evaluate
@@ -28,28 +29,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="*",
         metavar="SIDE",
-        help=f"fully convolutional at these short sides; without any: {' '.join(map(str, SCALES))}",
+        help=f"fully convolutional at these short sides, alone: {' '.join(map(str, SCALES))}; default: --crops",
     )
-    parser.add_argument("--per-class", action="store_true", help="the error of every class too")
+    parser.add_argument("--per-class", action="store_true", help="the error of every class too; default: no")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 and fp16 are autocast; default: fp32")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which networks on which data, and where."""
     parser.add_argument(
-        "checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="file or run's folder of resnet-fused train"
+        "checkpoints",
+        nargs="*",
+        metavar="NETWORK",
+        help="a run of resnet-fused train, by its folder or checkpoint, or MODEL:WEIGHTS, such as resnet50:MSRA",
     )
-    parser.add_argument("--model", choices=models.list_models(), metavar="NAME", help="instead, with --weights")
-    parser.add_argument("--weights", help="as weights= of the model: DEFAULT, IMAGENET1K_V1, MSRA, or a file")
     parser.add_argument(
-        "--data", help="cifar10[:FOLDER], imagefolder:FOLDER or synthetic[:COUNTxSIZE]; default: the checkpoint's"
+        "--model", choices=models.list_models(), metavar="NAME", help="instead, with --weights; default: none"
+    )
+    parser.add_argument(
+        "--weights", help="of --model: DEFAULT, IMAGENET1K_V1, MSRA, or a checkpoint's path; default: none"
+    )
+    parser.add_argument(
+        "--data",
+        help="cifar10[:FOLDER], imagefolder:FOLDER (of any of ImageNet's wnids, too) or synthetic[:COUNTxSIZE]; "
+        "default: that of the first run",
     )
     parser.add_argument("--images", type=int, metavar="N", help="N images, evenly out of the test split; default: all")
     parser.add_argument("--batch", type=int, default=64, help="images at a time; default: %(default)s")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
-    parser.add_argument("--backend", choices=("auto", *registry.BACKENDS), default=registry.get_backend())
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images; default: 4")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU where there is one")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", *registry.BACKENDS),
+        default=registry.get_backend(),
+        help="that serves the fused operators; default: %(default)s",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read images; default here: %(default)s",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON; default: tables")
 
 
 def main(args: argparse.Namespace, device: torch.device) -> int:
@@ -94,22 +115,25 @@ def load(args: argparse.Namespace, views: Views = CENTER) -> tuple[list[Network]
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    if args.model is None:
-        networks = [Network.from_checkpoint(path) for path in args.checkpoints]
-        if not networks or args.weights:
-            raise ValueError("name a checkpoint of resnet-fused train, or --model and --weights")
-        args.data = args.data or networks[0].data
-        return networks, Samples(args.data, _views(networks, args.data, views), limit=args.images)
-    if args.checkpoints or not args.weights or not args.data:
-        raise ValueError("--model goes with --weights and --data, and without a checkpoint")
-    samples = Samples(args.data, views, limit=args.images)
-    return [Network.from_weights(args.model, args.weights, len(samples.classes))], samples
+    if args.model is None and args.weights or args.model is not None and (args.checkpoints or not args.weights):
+        raise ValueError("--model goes with --weights, and without other networks")
+    if args.model is not None:
+        networks = [Network.from_weights(args.model, args.weights)]
+    elif args.checkpoints:
+        networks = [Network.from_argument(text) for text in args.checkpoints]
+    else:
+        raise ValueError("name a run of resnet-fused train, or MODEL:WEIGHTS such as resnet50:MSRA")
+    args.data = args.data or networks[0].data
+    if args.data is None:
+        raise ValueError(f"--data is needed: {networks[0].name} does not say on which data")
+    return networks, Samples(args.data, _views(networks, args.data, views), limit=args.images)
 
 
 def _views(networks: list[Network], data: str, views: Views) -> Views:
-    whole = [network.name for network in networks if not network.crops]
+    whole = [network.name for network in networks if not network.crop]
     if not whole:
-        return views
+        own = {(network.resize, network.crop) for network in networks}
+        return networks[0].views() if views is CENTER and len(own) == 1 else views
     if len(whole) < len(networks):
         raise ValueError(f"{whole[0]} sees whole images, the others crops: they make no ensemble")
     if views is not CENTER:
@@ -133,7 +157,6 @@ def _text(conditions: dict[str, Any], result: Result) -> str:
         else f"top-5 error {result.top5_error:7.2f} %"
     )
     if result.per_class:
-        width = max(len(row["class"]) for row in result.per_class)
-        lines += ["", f"{'class':{width}}  images  top-1 error"]
-        lines += [f"{r['class']:{width}}{r['images']:8}{r['top1_error']:11.2f} %" for r in result.per_class]
+        rows = [(r["class"], r["images"], f"{r['top1_error']:.2f} %") for r in result.per_class]
+        lines += ["", table(rows, ("class", "images", "top-1 error"), right=(1, 2))]
     return "\n".join(lines)

@@ -85,12 +85,12 @@ def evaluate(
         if not (same and torch.equal(other, targets[0])):
             raise ValueError(f"{networks[0].name} and {network.name} have different classes: they make no ensemble")
     target = targets[0].to(device)
-    scorers = [_Scorer(network, samples.views, device, dtype) for network in networks]
+    scorers = [Scorer(network, samples.views, device, dtype) for network in networks]
     ranks, labels, finite = [], [], []
-    with torch.inference_mode():
-        for chunk in tqdm(_loader(samples, batch, workers), desc="eval", unit="batch", disable=None):
-            label = torch.tensor([y for _, y in chunk], device=device)
-            scores = _sum(scorer([views for views, _ in chunk]) for scorer in scorers)
+    with torch.inference_mode(), _cudnn_benchmark(device):
+        for groups, label in tqdm(_loader(samples, batch, workers, device), desc="eval", unit="batch", disable=None):
+            label = label.to(device, non_blocking=True)
+            scores = _sum(scorer(groups) for scorer in scorers)
             ranks.append(_rank(scores, target[label]))
             labels.append(label)
             finite.append(scores.isfinite().all())
@@ -106,12 +106,49 @@ def batches(
     """Normalised images [N, 3, H, W] in channels_last with a network's own labels, of samples with a single view."""
     device = torch.device(device)
     target, prepare = network.targets(samples.classes), _Normalise(network, device)
-    for chunk in _loader(samples, batch, workers):
-        yield prepare(torch.cat([views[0] for views, _ in chunk])), target[[y for _, y in chunk]].to(device)
+    for groups, label in _loader(samples, batch, workers, device):
+        ((images, _),) = groups[0]  # one size, one shape
+        yield prepare(images[:, 0]), target[label].to(device)
 
 
-def _loader(samples: Samples, batch: int, workers: int) -> data.Loader:
-    return data.Loader(samples, batch_size=batch, num_workers=0 if samples.in_memory else workers, collate_fn=list)
+Groups = list[list[tuple[Tensor, Tensor]]]  # of every size: views [N, views, 3, h, w] of one shape, and of which images
+
+
+def _loader(samples: Samples, batch: int, workers: int, device: torch.device) -> data.Loader:
+    workers = 0 if samples.in_memory else workers
+    pinned = device.type == "cuda"
+    return data.Loader(samples, batch_size=batch, num_workers=workers, collate_fn=_collate, pin_memory=pinned)
+
+
+def _collate(samples: list[tuple[list[Tensor], int]]) -> tuple[Groups, Tensor]:
+    """In the workers: a batch's views, and its classes [N]."""
+    return group([views for views, _ in samples]), torch.tensor([label for _, label in samples])
+
+
+def group(images: Sequence[list[Tensor]]) -> Groups:
+    """Images whose views have the same shape go through the network together.
+
+    Args:
+        images: of each image a tensor uint8 [views, 3, h, w] for each size.
+    """
+    found: Groups = []
+    for views in zip(*images, strict=True):
+        members: dict[torch.Size, list[int]] = {}
+        for i, x in enumerate(views):
+            members.setdefault(x.shape, []).append(i)
+        found.append([(torch.stack([views[i] for i in own]), torch.tensor(own)) for own in members.values()])
+    return found
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark(device: torch.device) -> Iterator[None]:
+    """cuDNN picks its fastest algorithms, as in training."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda" or before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Normalise:
@@ -124,11 +161,11 @@ class _Normalise:
         if self._size != (1, 1) and self._size != x.shape[2:]:
             sizes = [" x ".join(map(str, size)) for size in (self._size, x.shape[2:])]
             raise ValueError(f"{self._name} takes images of {sizes[0]}, these are {sizes[1]}")
-        x = data.normalise(x.to(self._device), self._mean, self._std)
+        x = data.normalise(x.to(self._device, non_blocking=True), self._mean, self._std)
         return x.contiguous(memory_format=torch.channels_last)
 
 
-class _Scorer:
+class Scorer:
     """One network's probabilities, averaged over an image's views."""
 
     def __init__(self, network: Network, views: Views, device: torch.device, dtype: torch.dtype) -> None:
@@ -136,22 +173,17 @@ class _Scorer:
         self._model = model.to(device)
         self._prepare, self._device, self._dtype = _Normalise(network, device), device, dtype
 
-    def __call__(self, images: list[list[Tensor]]) -> Tensor:
-        """images: of each image a tensor uint8 [views, 3, h, w] for each size -> float64 [images, classes]."""
-        sizes = len(images[0])
-        return _sum(self._one_size([views[i] for views in images]) for i in range(sizes)) / sizes
+    def __call__(self, groups: Groups) -> Tensor:
+        """Of `group` -> float64 [images, classes]."""
+        return _sum(map(self._one_size, groups)) / len(groups)
 
-    def _one_size(self, images: list[Tensor]) -> Tensor:
-        """Images whose views have the same shape go through the network together."""
-        groups: dict[torch.Size, list[int]] = {}
-        for i, x in enumerate(images):
-            groups.setdefault(x.shape, []).append(i)
+    def _one_size(self, groups: list[tuple[Tensor, Tensor]]) -> Tensor:
         parts = []
-        for members in groups.values():
+        for views, _ in groups:
             with self._autocast():
-                logits = self._model(self._prepare(torch.cat([images[i] for i in members])))
-            parts.append(logits.softmax(1, torch.float64).unflatten(0, (len(members), -1)).mean(1))
-        order = torch.tensor([i for members in groups.values() for i in members])
+                logits = self._model(self._prepare(views.flatten(0, 1)))
+            parts.append(logits.softmax(1, torch.float64).unflatten(0, views.shape[:2]).mean(1))
+        order = torch.cat([members for _, members in groups])
         return torch.cat(parts)[order.argsort().to(self._device)]
 
     def _autocast(self) -> contextlib.AbstractContextManager:

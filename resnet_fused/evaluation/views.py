@@ -28,9 +28,31 @@ def _single(image: Any) -> list[Tensor]:
     return [v2.functional.to_image(image)[None]]
 
 
-def _center(image: Any) -> list[Tensor]:
-    crop = v2.functional.center_crop(v2.functional.resize(image, [SHORT_SIDE]), [CROP])
-    return [v2.functional.to_image(crop)[None]]
+class _Center:
+    def __init__(self, resize: int, crop: int) -> None:
+        self._resize, self._crop = resize, crop
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        crop = v2.functional.center_crop(v2.functional.resize(image, [self._resize]), [self._crop])
+        return [v2.functional.to_image(crop)[None]]
+
+
+def center(resize: int, crop: int) -> Views:
+    """The centre of an image whose short side is resized first."""
+    return Views(f"center crop of {crop}, short side {resize}", _Center(resize, crop))
+
+
+class _Resized:
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        return [v2.functional.to_image(v2.functional.resize(image, [self._size, self._size]))[None]]
+
+
+def resized(size: int) -> Views:
+    """The whole image, squeezed into a square."""
+    return Views(f"the whole image, resized to {size} x {size}", _Resized(size))
 
 
 def _ten_crops(image: Any) -> list[Tensor]:
@@ -39,7 +61,7 @@ def _ten_crops(image: Any) -> list[Tensor]:
 
 
 SINGLE = Views("the whole image", _single)
-CENTER = Views(f"center crop of {CROP}, short side {SHORT_SIDE}", _center)
+CENTER = center(SHORT_SIDE, CROP)
 TEN_CROPS = Views(f"10 crops of {CROP}, short side {SHORT_SIDE}", _ten_crops)
 
 

@@ -15,7 +15,7 @@ from .weights import WeightsArg
 def _cifar(name: str, n: int, weights: WeightsArg, progress: bool, kwargs: dict[str, Any], **fixed: Any) -> ResNet:
     defaults = {"num_classes": 10} if fixed else {"num_classes": 10, "shortcut": "A"}
     fixed |= {"stem": "cifar", "widths": (16, 32, 64)}
-    return build(name, ResNet, BasicBlock, [n] * 3, weights, progress, defaults | kwargs, **fixed)
+    return build(name, ResNet, BasicBlock, [n] * 3, weights, progress, kwargs, defaults, **fixed)
 
 
 def cifar_resnet20(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
@@ -59,7 +59,7 @@ def cifar_resnet1202(*, weights: WeightsArg = None, progress: bool = True, **kwa
 def _bottlenecks(name: str, n: int, weights: WeightsArg, progress: bool, kwargs: dict[str, Any]) -> ResNet:
     defaults = {"num_classes": 10, "stride_in_1x1": True}
     fixed = {"stem": "cifar", "widths": (16, 32, 64)}
-    return build(name, ResNet, Bottleneck, [n] * 3, weights, progress, defaults | kwargs, **fixed)
+    return build(name, ResNet, Bottleneck, [n] * 3, weights, progress, kwargs, defaults, **fixed)
 
 
 def cifar_resnet164(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..dispatch import registry
 from . import get_model, list_models
@@ -15,22 +16,12 @@ def count(model: nn.Module, image_size: int) -> tuple[int, int]:
     """Parameters, and the convolutions' and linear layers' multiply-adds for one image [3, image_size, image_size].
 
     Args:
-        model: one on the meta device; its tensors are left on the CPU, uninitialised.
+        model: one on the meta device; it is left in eval mode.
     """
-    multiply_adds = 0
-
-    def add(module: nn.Conv2d | nn.Linear, inputs: tuple, y: Tensor) -> None:
-        nonlocal multiply_adds
-        multiply_adds += y.shape[1:].numel() * module.weight[0].numel()
-
-    parameters = sum(p.numel() for p in model.parameters())
-    model = model.to_empty(device="cpu").eval()
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(add)
-    with torch.no_grad(), registry.backend(registry.PLAIN):
-        model(torch.empty(0, 3, image_size, image_size))  # no images: shapes alone, and faster than on meta
-    return parameters, multiply_adds
+    x = torch.empty(1, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), registry.backend(registry.PLAIN):
+        model.eval()(x)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 def table() -> list[dict[str, Any]]:

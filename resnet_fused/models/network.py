@@ -10,7 +10,7 @@ from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .features import Backbone, FeatureNet
-from .weights import WeightsArg, load_state_dict, resolve
+from .weights import TOPOLOGY, WeightsArg, load_state_dict, resolve
 
 Stem = Literal["imagenet", "caffe", "cifar"]
 Shortcut = Literal["A", "B", "C"] | None
@@ -137,6 +137,14 @@ class ResNet(Backbone):
             if isinstance(m, Block):
                 m.recompute = recompute
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's; beside it is noted what the tensors don't tell, so that a file of it is known again."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if hasattr(state, "_metadata"):
+            state._metadata[prefix[:-1]] |= {key: getattr(self, key) for key in TOPOLOGY}
+        return state
+
     def _add_stages(self, block: type[Block], layers: list[int], widths: Sequence[int], dilate: list[bool]) -> None:
         self.stages = len(layers)
         for i, (blocks, width) in enumerate(zip(layers, widths, strict=True)):
@@ -216,9 +224,10 @@ def build(
     weights: WeightsArg,
     progress: bool,
     kwargs: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
     **fixed: Any,
 ) -> Network:
-    """The model of that name: `network(block, layers)` with what its name and its weights ask for.
+    """The model of that name: `network(block, layers)` with what its name and its weights ask for, else `defaults`.
 
     `features_only=True` among the arguments gives its `FeatureNet`, with the outputs of `out_indices`. With weights,
     num_classes=0 leaves out their classifier, and in_chans other than 3 adapts their first convolution.
@@ -228,14 +237,19 @@ def build(
         raise ValueError(f"out_indices={out_indices} needs features_only=True")
     source = resolve(name, weights)
     expected = fixed | (source.model_kwargs if source else {})
+    for key, value in fixed.items():
+        if expected[key] != value:
+            raise ValueError(
+                f"weights={str(weights)!r} are of a model with {key}={expected[key]!r}, {name} has {value!r}"
+            )
     headless = kwargs.get("num_classes") == 0
     if headless:
         expected.pop("num_classes", None)
     for key, value in expected.items():
         if kwargs.setdefault(key, value) != value:
-            given = f" with weights={weights!r}" if source else ""
+            given = f" with weights={str(weights)!r}" if source else ""
             raise ValueError(f"{name}{given} takes {key}={value}, got {key}={kwargs[key]}")
-    model = network(block, layers, **kwargs)
+    model = network(block, layers, **(defaults or {}) | kwargs)
     if source:
         state = source.state_dict(progress)
         if headless:

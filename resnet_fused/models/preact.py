@@ -142,9 +142,9 @@ def _cifar(
     kwargs: dict[str, Any],
     **defaults: Any,
 ) -> PreActResNet:
-    kwargs = {"num_classes": 10} | defaults | kwargs
+    defaults = {"num_classes": 10} | defaults
     fixed = {"stem": "cifar", "widths": (16, 32, 64)}
-    return build(name, PreActResNet, block, [n] * 3, weights, progress, kwargs, **fixed)
+    return build(name, PreActResNet, block, [n] * 3, weights, progress, kwargs, defaults, **fixed)
 
 
 def preact_resnet18(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> PreActResNet:

@@ -34,7 +34,7 @@ def resnet18(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any
     """ResNet-18 of https://arxiv.org/abs/1512.03385.
 
     Args:
-        weights: None, a torchvision weights enum or its name, or the path of a `.pth` or `.safetensors` file.
+        weights: None, a torchvision weights enum or its name, a run's folder, or the path of a checkpoint.
         progress: show a progress bar while weights are downloaded.
         **kwargs: of `ResNet`.
 

@@ -51,8 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="look at trained networks on N test images (crops, scales, responses); default: all",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default where there is one")
-    parser.add_argument("--backend", choices=("auto", *registry.BACKENDS), default=registry.get_backend())
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU where there is one")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", *registry.BACKENDS),
+        default=registry.get_backend(),
+        help="that serves the fused operators; default: %(default)s",
+    )
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images; default: 4")
     parser.add_argument(
         "-o",

@@ -23,9 +23,9 @@ import torch
 
 from .. import models
 from ..dispatch.store import atomic_write
+from ..models.weights.files import RUN_CHECKPOINT, RUN_FORMAT
 
-NAME = "checkpoint.pt"
-_FORMAT = "resnet_fused run 1"
+NAME = RUN_CHECKPOINT
 
 
 def save(folder: Path, content: dict[str, Any]) -> Path:
@@ -40,7 +40,7 @@ def save(folder: Path, content: dict[str, Any]) -> Path:
             if not tensor.isfinite().all():
                 raise FloatingPointError(f"{key} is not finite after iteration {content['step']}")
     buffer = io.BytesIO()  # torch.save itself answers a full disk with an assertion of its zip writer
-    torch.save({"format": _FORMAT, **content}, buffer)
+    torch.save({"format": RUN_FORMAT, **content}, buffer)
     with atomic_write(folder / NAME, "wb") as file:
         file.write(buffer.getbuffer())
     return folder / NAME
@@ -61,10 +61,15 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler fails in many ways
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or content.get("format") != RUN_FORMAT:
         raise ValueError(f"{path} is not a checkpoint of resnet-fused train")
-    content.setdefault("crop", 224 if content["config"]["recipe"] == "imagenet" else None)  # of runs before that key
-    return content
+    return complete(content)
+
+
+def complete(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content with the keys that runs of before did not write."""
+    crops = content["config"]["recipe"] == "imagenet"
+    return {"resize": 256 if crops else None, "crop": 224 if crops else None} | content
 
 
 def load_model(path: str | os.PathLike) -> tuple[models.ResNet, dict[str, Any]]:

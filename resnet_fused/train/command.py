@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -153,13 +152,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
 
     Raises:
         ValueError, OSError, FloatingPointError, FetchError: of `loop.train`.
-        ImportError: a package is missing.
     """
-    for package in ("torchvision", "tqdm", "matplotlib"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f'train needs {package}: pip install "resnet_fused[train]" ({error})') from None
     from .interrupt import Interrupted
     from .loop import train
 

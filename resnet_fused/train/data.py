@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..dispatch.store import cache_dir
-from ..fetch import cached, fetch
+from ..fetch import cached, damaged, fetch
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KINDS = "cifar10, cifar10:FOLDER, imagefolder:FOLDER, synthetic, synthetic:COUNT or synthetic:COUNTxSIZE"
+_SYNTHETIC = re.compile(r"synthetic(?::(\d+)(?:x(\d+))?)?")
 
 
 class Images(NamedTuple):
@@ -53,9 +54,16 @@ def load(name: str, split: str = "train") -> "Images | ImageFolder":
         return _cifar10_folder(Path(rest), split) if rest else _cifar10(split)
     if kind == "imagefolder" and rest:
         return _image_folder(Path(rest), split)
-    if match := re.fullmatch(r"synthetic(?::(\d+)(?:x(\d+))?)?", name):
+    if match := _SYNTHETIC.fullmatch(name):
         return _synthetic(int(match[1] or 4096), int(match[2] or 32), split)
     raise ValueError(f"data must be {KINDS}; got {name!r}")
+
+
+def image_size(name: str) -> int | None:
+    """Height and width of a data set's images, where all have the same: see `load`."""
+    if name.partition(":")[0] == "cifar10":
+        return 32
+    return int(match[2] or 32) if (match := _SYNTHETIC.fullmatch(name)) else None
 
 
 class Loader:
@@ -108,8 +116,11 @@ def _cifar10(split: str) -> Images:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir() / "cifar10.lock"):  # one of torchrun's processes fetches
             folder = fetch("cifar10")
-    content = torch.load(folder / "cifar10.pt", weights_only=True)
-    return Images(content[f"{split}_images"], content[f"{split}_labels"], CIFAR10_CLASSES)
+    try:
+        content = torch.load(folder / "cifar10.pt", weights_only=True)
+        return Images(content[f"{split}_images"], content[f"{split}_labels"], CIFAR10_CLASSES)
+    except Exception as error:  # the unpickler fails in many ways
+        raise damaged(folder, error) from error
 
 
 def _cifar10_folder(folder: Path, split: str) -> Images:

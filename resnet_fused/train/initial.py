@@ -49,9 +49,8 @@ def read(settings: Settings, progress: bool = True) -> Initial | None:
     else:
         source = weights.resolve(settings.model, settings.init)
         assert source is not None
-        published = bool(source.model_kwargs)
         kwargs = {key: value for key, value in source.model_kwargs.items() if key != "num_classes"}
-        found = Initial(source.name, kwargs, source.state_dict(progress), IMAGENET if published else None)
+        found = Initial(source.name, kwargs, source.state_dict(progress), IMAGENET if source.published else None)
     for key, value in settings.model_kwargs.items():
         if key in found.model_kwargs and found.model_kwargs[key] != value:
             own = found.model_kwargs[key]

@@ -12,6 +12,7 @@ try:
 except ImportError as error:  # no Triton on this platform
     triton = None
     IMPORT_ERROR = str(error)
+    _MISSING = (error.name or "triton").partition(".")[0]  # its interpreter needs NumPy
 
 INTERPRETED = triton is not None and knobs.runtime.interpret  # read once: kernels are decorated at import
 
@@ -19,7 +20,7 @@ INTERPRETED = triton is not None and knobs.runtime.interpret  # read once: kerne
 def unavailable(device_type: str, index: int | None = None) -> str | None:
     """Why Triton kernels can't run on this device, with the remedy, or None where they can."""
     if triton is None:
-        return f"Triton can't be imported ({IMPORT_ERROR}); pip install triton"
+        return f"Triton can't be imported ({IMPORT_ERROR}); pip install {_MISSING}"
     if INTERPRETED:
         return None if device_type in ("cpu", "cuda") else f"Triton's interpreter does not take {device_type} tensors"
     if device_type != "cuda":
