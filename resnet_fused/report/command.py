@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results", nargs="+", type=Path, metavar="RESULTS", help="JSON of `resnet-fused bench --json` or benchmarks/"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="for index.html, SVG and PNG")
-    earlier = "earlier results: what became slower stands out"
+    earlier = "earlier results, what became slower stands out (default: none)"
     parser.add_argument("--compare", nargs="+", type=Path, default=[], metavar="OLD", help=earlier)
 
 
