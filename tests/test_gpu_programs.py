@@ -2,8 +2,6 @@
 
 import copy
 import json
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused
-from resnet_fused import cli
 from resnet_fused.cli import main
+from resnet_fused.evaluation.networks import Network
+from resnet_fused.evaluation.views import center
+from resnet_fused.train.augment import RESIZE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*is disabled on this device")]
 SIZE = 64 if VIRTUAL else 224
@@ -80,9 +80,7 @@ def test_a_train_step_of_resnet18_runs_fused_and_right(dtype):
 
 def test_predict_and_bench(tmp_path, capsys, monkeypatch):
     set_precision("tf32")  # what users run, and what is quick to emulate
-    preset = cli._preset("resnet18", "DEFAULT")
-    small = SimpleNamespace(transforms=partial(preset.transforms, crop_size=SIZE), meta=preset.meta)
-    monkeypatch.setattr(cli, "_preset", lambda *_: small)
+    monkeypatch.setattr(Network, "views", lambda _: center(RESIZE, SIZE))
     photo, weights = tmp_path / "photo.jpg", tmp_path / "resnet18.pth"
     Image.effect_noise((300, 200), 50).convert("RGB").save(photo)
     torch.manual_seed(0)
