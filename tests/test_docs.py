@@ -248,6 +248,17 @@ def test_links_lead_to_files(name):
     assert not [link for link in links if not ((ROOT / name).parent / link.partition("#")[0]).exists()]
 
 
+def test_the_chinese_readme_is_the_readmes():
+    """Its examples and figures stand in README.md, letter by letter, and each leads to the other."""
+    chinese, english = ((ROOT / name).read_text() for name in ("README.zh-CN.md", "README.md"))
+    assert len(blocks("README.zh-CN.md")) > 10
+    assert not [block for block in blocks("README.zh-CN.md") if block not in blocks("README.md")]
+    figures = r"\d+(?:[.,]\d+)*"
+    assert not set(re.findall(figures, chinese)) - set(re.findall(figures, english))
+    assert not [s for s in spans("README.zh-CN.md") if s not in english and s not in resnet_fused.list_models()]
+    assert "](README.zh-CN.md)" in english.partition("\n## ")[0] and "](README.md)" in chinese.partition("\n## ")[0]
+
+
 # the site
 
 
