@@ -1,9 +1,9 @@
 PYTHON ?= python
 
-.PHONY: install lint format test bench aot gpu virtual-gpu
+.PHONY: install lint format test bench docs aot gpu virtual-gpu
 
 install:  ## editable, with everything a contributor needs
-	$(PYTHON) -m pip install -e ".[test,bench,train,demo]" ruff mypy clang-format
+	$(PYTHON) -m pip install -e ".[test,bench,train,demo,docs]" ruff mypy clang-format
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -21,6 +21,9 @@ test:
 
 bench:
 	$(PYTHON) benchmarks/resnet.py
+
+docs:  ## the pages of docs/ into site/; every link and every section that is included has to be there
+	$(PYTHON) -m mkdocs build --strict
 
 aot:  ## compile every kernel's configurations for GPUs that need not be there
 	$(PYTHON) tests/aot.py
