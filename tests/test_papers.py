@@ -86,6 +86,15 @@ def assert_same_step(found, expected, rtol=1e-4):
         assert largest(found[name] - value) <= rtol * largest(value), name
 
 
+def assert_step_within(found, plain, oracle, dtype=torch.float32):
+    """By norm, and by PyTorch's own error: a rounding that flips one ReLU moves single gradients far."""
+    assert found.keys() == plain.keys() == oracle.keys()
+    for name, exact in oracle.items():
+        exact = exact.double()
+        allowed = 3 * (plain[name] - exact).norm() + 4 * torch.finfo(dtype).eps * exact.norm() + 1e-6
+        assert (found[name] - exact).norm() <= allowed, name
+
+
 def assert_follows_eager(model, x, backend="triton"):
     """In eval mode and through one train step; everything is fused."""
     twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
@@ -98,7 +107,7 @@ def assert_follows_eager(model, x, backend="triton"):
     with resnet_fused.backend(backend):
         found = train_step(model, x)
         assert_explained(model, x)
-    assert_same_step(found, train_step(twin, x))
+    assert_step_within(found, train_step(twin, x), train_step(exact, x.double()))
 
 
 NARROW = dict(widths=(16, 16, 24, 24))
