@@ -1,7 +1,6 @@
 """The models against torchvision's: the same names, the same bits."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -15,12 +14,11 @@ from resnet_fused.models import ResNet, get_model, get_model_builder, get_model_
 CHANNELS_LAST = torch.channels_last
 
 
-def twins(name, channels_last=True, **kwargs):
+def twins(name, **kwargs):
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(name, **kwargs)
     torch.manual_seed(0)
-    ours = get_model(name, channels_last=channels_last, **kwargs)
-    return ours, theirs.to(memory_format=CHANNELS_LAST) if channels_last else theirs
+    return get_model(name, **kwargs), theirs
 
 
 def assert_same_bits(ours, theirs, x, mode):
@@ -61,20 +59,28 @@ def test_bits_are_torchvisions(name):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(torch.equal(p, q) for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
-    x = torch.randn(2, 3, 33, 35).contiguous(memory_format=CHANNELS_LAST)
-    for dtype in (torch.float32, torch.bfloat16):
+    assert all(p.stride() == q.stride() for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    x = torch.randn(2, 3, 33, 35)
+    for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, CHANNELS_LAST)):
         ours.to(dtype), theirs.to(dtype)
         for mode in (True, False):
-            assert_same_bits(ours, theirs, x.to(dtype), mode)
+            assert_same_bits(ours, theirs, x.to(dtype, memory_format=layout), mode)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_contiguous_weights_match_the_default_layout(name, dtype):
-    ours, theirs = twins(name, channels_last=False)
-    assert all(p.is_contiguous() for p in ours.parameters())
+@pytest.mark.parametrize("images, weights", [("nchw", "nhwc"), ("nhwc", "nchw"), ("nhwc", "nhwc"), ("nchw", "nchw")])
+def test_every_layout_of_images_and_weights_gives_torchvisions_bits(name, dtype, images, weights):
+    ours, theirs = (m.to(dtype) for m in twins(name))
+    x = torch.randn(2, 3, 33, 35, dtype=dtype)
+    if images == "nhwc":
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+    if weights == "nhwc":
+        ours, theirs = (m.to(memory_format=CHANNELS_LAST) for m in (ours, theirs))
     for mode in (True, False):
-        assert_same_bits(ours.to(dtype), theirs.to(dtype), torch.randn(2, 3, 33, 35, dtype=dtype), mode)
+        assert_same_bits(ours, theirs, x, mode)
+        features = create_feature_extractor(theirs, ["layer4"])(x)["layer4"]
+        assert ours.forward_features(x).stride() == features.stride()
 
 
 @pytest.mark.parametrize(
@@ -137,33 +143,11 @@ def test_weight_enums_are_torchvisions():
         _ = resnet_fused.VGG16_Weights
 
 
-def is_channels_last(model):
-    return (
-        all(m.weight.is_contiguous(memory_format=CHANNELS_LAST) for m in model.modules() if isinstance(m, nn.Conv2d))
-        and not model.layer1[0].conv2.weight.is_contiguous()
-    )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: m.half(),
-        lambda m: m.to(torch.bfloat16).to("cpu"),
-        lambda m: m.load_state_dict(torchvision.models.resnet18().state_dict()) and m,
-    ],
-    ids=["deepcopy", "pickle", "half", "to", "load_state_dict"],
-)
-def test_weights_keep_channels_last(change):
-    assert is_channels_last(change(resnet_fused.resnet18()))
-
-
 def test_state_dict_goes_both_ways():
     ours, theirs = resnet_fused.resnet18().eval(), torchvision.models.resnet18().eval()
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=CHANNELS_LAST)
-    assert torch.equal(ours(x), theirs.to(memory_format=CHANNELS_LAST)(x))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -302,7 +286,7 @@ def test_features_of_weights(weights, monkeypatch):
     theirs, path = weights
     theirs.fc, x = nn.Identity(), torch.randn(2, 3, 32, 32)
     ours = resnet_fused.resnet18(weights=path, num_classes=0).eval()
-    assert torch.equal(ours(x), theirs.to(memory_format=CHANNELS_LAST)(x))
+    assert torch.equal(ours(x), theirs(x))
     published = torchvision.models.ResNet18_Weights.DEFAULT
     state = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr(type(published), "get_state_dict", lambda *args, **kwargs: state)

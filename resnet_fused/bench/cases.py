@@ -126,7 +126,7 @@ class Case(abc.ABC):
         net = library.get_model(self.model, weights=None, **options)
         net.load_state_dict(self.state)
         net = net.train(self.trains).to(self.device, self.stored)
-        return net.to(memory_format=torch.channels_last) if library is not models and name != TORCHVISION[0] else net
+        return net if name == TORCHVISION[0] else net.to(memory_format=torch.channels_last)
 
 
 class Inference(Case):

@@ -114,9 +114,12 @@ def not_served(what: str, reason: str) -> BackendUnavailable:
 
 def fuses(device: torch.device) -> bool:
     """Whether any backend but eager is to be tried on this device."""
-    if _forced == "auto":
-        return device.type in _AUTO_DEVICES and not _ROCM
-    return _forced != "eager"
+    return fuses_by_default(device) if _forced == "auto" else _forced != "eager"
+
+
+def fuses_by_default(device: torch.device) -> bool:
+    """Whether `auto` tries any backend but eager on this device, whatever is forced now."""
+    return device.type in _AUTO_DEVICES and not _ROCM
 
 
 def add_operator(op: str) -> None:

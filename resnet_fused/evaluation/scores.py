@@ -170,7 +170,7 @@ class Scorer:
 
     def __init__(self, network: Network, views: Views, device: torch.device, dtype: torch.dtype) -> None:
         model = fully_convolutional(network.model) if views.convolutional else network.model
-        self._model = model.to(device)
+        self._model = model.to(device).to(memory_format=torch.channels_last)  # as the images lie
         self._prepare, self._device, self._dtype = _Normalise(network, device), device, dtype
 
     def __call__(self, groups: Groups) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..layers import INPUT, Recompute, Step, run
+from .layout import LaidOut
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -27,7 +28,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
-class Block(nn.Module):
+class Block(LaidOut):
     """What every block has: convolutions of its own, and a shortcut around them."""
 
     expansion: int

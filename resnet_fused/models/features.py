@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Step, counters, run
+from .layout import LaidOut
 
 
-class Backbone(nn.Module):
+class Backbone(LaidOut):
     """timm's methods of a model with a pooling layer `avgpool` and a linear layer `fc`."""
 
     avgpool: nn.Module
@@ -44,7 +45,7 @@ class Backbone(nn.Module):
             self.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
 
 
-class FeatureNet(nn.Module):
+class FeatureNet(LaidOut):
     """A model without its head that returns the outputs of its stem and stages as a list, as timm's `features_only`.
 
     Args:
@@ -59,6 +60,7 @@ class FeatureNet(nn.Module):
         indices = range(net.stages + 1) if out_indices is None else out_indices
         if not indices or any(i not in range(net.stages + 1) for i in indices):
             raise ValueError(f"out_indices must be out of 0 to {net.stages}, got {out_indices}")
+        self.channels_last = net.channels_last
         self.out_indices = tuple(sorted(set(indices)))
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.feature_info = FeatureInfo()

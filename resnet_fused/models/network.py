@@ -10,6 +10,7 @@ from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, counters, run
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .features import Backbone, FeatureNet
+from .layout import LaidOut
 from .weights import TOPOLOGY, WeightsArg, load_state_dict, resolve
 
 Stem = Literal["imagenet", "caffe", "cifar"]
@@ -36,8 +37,9 @@ class ResNet(Backbone):
         stride_in_1x1: put a stage's stride on the first 1x1 convolution, as in the paper (v1), not on the 3x3 (v1.5).
         recompute: what the backward pass computes again instead of keeping; see `set_recompute`.
         in_chans: channels of the images; of weights for 3, the first convolution's are adapted as timm does.
-        channels_last: keep the convolutions' weights in channels_last; False leaves them contiguous, for FSDP2, LBFGS
-            and safetensors' own `save_file`, which refuse the other layout.
+        channels_last: lay the convolutions' weights in channels_last where the model comes to a GPU, as the kernels
+            read them, and contiguous where it leaves it; False keeps them contiguous there too, for LBFGS, safetensors'
+            own `save_file` and FSDP2 of a model on a GPU, which refuse the other layout.
 
     Shape: [N, in_chans, H, W] in either memory format -> [N, num_classes], or [N, num_features].
     """
@@ -112,10 +114,10 @@ class ResNet(Backbone):
                     nn.init.constant_(m.bn3.weight, 0)
                 elif isinstance(m, BasicBlock) and isinstance(m.bn2.weight, Tensor):
                     nn.init.constant_(m.bn2.weight, 0)
-        if channels_last:  # after initialisation: drawing into channels_last gives other bits
-            for m in self.modules():
-                if isinstance(m, nn.Conv2d):
-                    m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
+        for m in self.modules():
+            if isinstance(m, LaidOut):
+                m.channels_last = channels_last
+        self.lay_out()  # after initialisation: drawing into channels_last gives other bits
 
         self.set_recompute(recompute)
 

@@ -26,13 +26,15 @@ _FOREIGN = {  # parts of timm's ResNets that no model here has, by a key
     "layer1.0.se.fc1.weight": "squeeze-and-excitation",
     "layer1.0.se.conv.weight": "channel attention",
 }
+_COUNTER = "num_batches_tracked"
 _LARGEST = 2.64  # of torchvision's normalised images: (1 - 0.406) / 0.225
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Copy `state_dict` into the model's own tensors, whose memory layout stays.
 
-    Everything is checked before the first copy. `num_batches_tracked` may be missing, as in checkpoints of old PyTorch.
+    Everything is checked before the first copy. `num_batches_tracked` may be missing, as in checkpoints of old PyTorch,
+    or be too much, as for torchvision's `FrozenBatchNorm2d`.
 
     Args:
         source: where the tensors come from, for messages.
@@ -41,8 +43,9 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
         ValueError: keys or shapes differ, and what the tensors are where that is known; or they take images in 0..255.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state_dict and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state_dict if k not in own]
+    missing = [k for k in own if k not in state_dict and not k.endswith(_COUNTER)]
+    counters = {k.removesuffix("running_mean") + _COUNTER for k in own if k.endswith("running_mean")}
+    unexpected = [k for k in state_dict if k not in own and k not in counters]
     shapes = [
         f"{k} is {_shape(state_dict[k])}, the model's is {_shape(v)}"
         for k, v in own.items()
