@@ -694,7 +694,8 @@ def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    pair = {"theirs": theirs.to(memory_format=torch.channels_last), "ours": models.ResNet(BasicBlock, [1, 1, 1, 1])}
+    pair = {"theirs": theirs, "ours": models.ResNet(BasicBlock, [1, 1, 1, 1])}
+    pair = {name: model.to(memory_format=torch.channels_last) for name, model in pair.items()}
     x = torch.randn(2, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     calls = {name: make(model, x) for name, model in pair.items()}
     least, ratio = dict.fromkeys(calls, math.inf), math.inf

@@ -94,8 +94,8 @@ def test_processes_match_one_on_the_whole_batch(world, backend, recompute, tmp_p
 
 
 def fsdp2():
-    """Sharded by block; FSDP2 refuses channels_last parameters."""
-    model = small_model(channels_last=False)
+    """Sharded by block."""
+    model = small_model()
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         fully_shard(stage[0])
     return fully_shard(model)
