@@ -86,7 +86,6 @@ def conv_pool_kernel(
         bytes_shift = tl.load(mean + t % C) / bytes_std
     weight_tile = weight + tl.minimum(k, K - 1)[None, :] * (_R * _R * C) + t[:, None]
     x_image = x + tl.cast(image, tl.int64) * stride_n
-    y_image = y + tl.cast(image, tl.int64) * P * Q * K
 
     even_in_map = ((q >= 0) & (4 * q < W))[:, None]
     odd_in_map = ((q >= 0) & (4 * q + 2 < W))[:, None]
@@ -101,11 +100,11 @@ def conv_pool_kernel(
         for r in range(0, _R):
             h = 2 * row - 3 + r
             in_row = (h >= 0) & (h < H)
-            line = x_image + tl.cast(h, tl.int64) * stride_h
+            x_row = x_image + tl.cast(h, tl.int64) * stride_h
             b = tl.load(weight_tile + r * (_R * C), in_taps[:, None], other=0.0)
-            a = _pixels(line + columns, in_even & in_row, bytes_scale, bytes_shift, b.dtype)
+            a = _pixels(x_row + columns, in_even & in_row, bytes_scale, bytes_shift, b.dtype)
             even = dot(a, b, even, PRECISION)
-            a = _pixels(line + 2 * stride_w + columns, in_odd & in_row, bytes_scale, bytes_shift, b.dtype)
+            a = _pixels(x_row + 2 * stride_w + columns, in_odd & in_row, bytes_scale, bytes_shift, b.dtype)
             odd = dot(a, b, odd, PRECISION)
         in_map = 2 * row < H
         even = normalize(even, bn_weight, bn_bias, running_mean, running_var, k, in_k, eps)
@@ -116,6 +115,6 @@ def conv_pool_kernel(
         ends = row % 2 == 1  # the last of a pooled row's three, and the first of the next one's
         p = row // 2
         pooled = _max(kept, z)
-        at = tl.cast(p, tl.int64) * Q * K
-        tl.store(y_image + at + offset, round_to(pooled, y.dtype.element_ty), written & ends & (p >= first))
+        line = (tl.cast(image, tl.int64) * P + p) * Q * K
+        tl.store(y + line + offset, round_to(pooled, y.dtype.element_ty), written & ends & (p >= first))
         kept = tl.where(ends, z, pooled)
