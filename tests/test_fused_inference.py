@@ -169,7 +169,9 @@ def test_tune_keeps_the_fastest_and_later_calls_take_it(own_store, small, monkey
         ran = []
         for op in ("conv_bn_act", "stem"):
             triton = registry.implementation("triton", op)
-            plan = functools.partial(lambda plan, call, c: ran.append((call.problem(), c)) or plan(call, c), triton.plan)
+            plan = functools.partial(
+                lambda plan, call, c: ran.append((call.problem(), c)) or plan(call, c), triton.plan
+            )
             monkeypatch.setattr(triton, "plan", plan)
         assert_close(ours, theirs, x)
     assert all(config == found[key]["config"] for key, config in ran) and {key for key, _ in ran} == set(found)

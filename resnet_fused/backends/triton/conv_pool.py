@@ -59,7 +59,8 @@ def conv_pool_kernel(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # 7 * C at least
+    LINES: tl.constexpr,  # rows of the kernel in one step
+    BLOCK_K: tl.constexpr,  # LINES * 7 * C at least
 ):
     program = tl.program_id(0)
     column_tiles = tl.cdiv(K, BLOCK_N)
@@ -74,11 +75,14 @@ def conv_pool_kernel(
     k = first_k + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_K)
     in_k = k < K
-    in_taps = t < _R * C
-    w = 4 * q[:, None] - 3 + (t // C)[None, :]  # of the even column's window; the odd one's is 2 columns on
-    in_even = in_taps[None, :] & (w >= 0) & (w < W)
-    in_odd = in_taps[None, :] & (w >= -2) & (w < W - 2)
-    columns = ((4 * q - 3) * C)[:, None] + t[None, :] if DENSE else w * stride_w + (t % C * stride_c)[None, :]
+    r, s = t // (_R * C), t // C % _R
+    w = 4 * q[:, None] - 3 + s[None, :]  # of the even column's window; the odd one's is 2 columns on
+    in_even = (t < LINES * _R * C)[None, :] & (w >= 0) & (w < W)
+    in_odd = (t < LINES * _R * C)[None, :] & (w >= -2) & (w < W - 2)
+    columns = (
+        ((4 * q - 3) * C)[:, None] + (t % (_R * C))[None, :] if DENSE else w * stride_w + (t % C * stride_c)[None, :]
+    )
+    columns += (r * stride_h)[None, :]
     bytes_scale, bytes_shift = None, None
     if mean is not None:
         bytes_std = tl.load(std + t % C)
@@ -97,14 +101,15 @@ def conv_pool_kernel(
     for row in range(tl.maximum(2 * first - 1, 0), tl.minimum(2 * (first + rows), 2 * P)):  # of the convolution
         even = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
         odd = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-        for r in range(0, _R):
-            h = 2 * row - 3 + r
-            in_row = (h >= 0) & (h < H)
+        for line in range(0, _R, LINES):
+            h = 2 * row - 3 + line
+            in_rows = ((h + r >= 0) & (h + r < H) & (line + r < _R))[None, :]
             x_row = x_image + tl.cast(h, tl.int64) * stride_h
-            b = tl.load(weight_tile + r * (_R * C), in_taps[:, None], other=0.0)
-            a = _pixels(x_row + columns, in_even & in_row, bytes_scale, bytes_shift, b.dtype)
+            in_taps = (t < LINES * _R * C) & (line + r < _R)
+            b = tl.load(weight_tile + line * (_R * C), in_taps[:, None], other=0.0)
+            a = _pixels(x_row + columns, in_even & in_rows, bytes_scale, bytes_shift, b.dtype)
             even = dot(a, b, even, PRECISION)
-            a = _pixels(x_row + 2 * stride_w + columns, in_odd & in_row, bytes_scale, bytes_shift, b.dtype)
+            a = _pixels(x_row + 2 * stride_w + columns, in_odd & in_rows, bytes_scale, bytes_shift, b.dtype)
             odd = dot(a, b, odd, PRECISION)
         in_map = 2 * row < H
         even = normalize(even, bn_weight, bn_bias, running_mean, running_var, k, in_k, eps)

@@ -41,15 +41,16 @@ def configs(call: "Call") -> list[Config]:
     capability, multiprocessors = conv.device(call.x.get_device())
     tensor_cores = call.weight.dtype.itemsize == 2 or call.allow_tf32()
 
-    def tile(block_q: int, block_n: int, warps: int) -> Config:
+    def tile(block_q: int, block_n: int, warps: int, lines: int = 1) -> Config:
         widest, most = max(16, triton.next_power_of_2(Q + 1)), max(16, triton.next_power_of_2(K))
-        return {"BLOCK_Q": min(block_q, widest), "BLOCK_N": min(block_n, most), "num_warps": warps, "num_stages": 2}
+        block = {"BLOCK_Q": min(block_q, widest), "BLOCK_N": min(block_n, most), "LINES": lines}
+        return block | {"num_warps": warps, "num_stages": 2}
 
     tiles = [tile(32, 64, 8)] if tensor_cores else [tile(16, 64, 8), tile(16, 32, 4)]
     if call.weight.dtype.itemsize == 2:  # of float32 these spill
         tiles += [tile(64, 32, 4)] if capability < (9, 0) else [tile(64, 32, 4), tile(64, 64, 8)]
     if multiprocessors == 1:  # Triton's interpreter, where a step costs the same whatever its size
-        tiles = [tile(256, 256, 8), *tiles]
+        tiles = [tile(256, 256, 8, 7), *tiles]
     heights = list(dict.fromkeys(-(-P // parts) for parts in (1, 2, 4, 8, 16, 32)))
 
     def programs(rows: int) -> int:
@@ -75,7 +76,10 @@ def plan(call: "Call", config: Config) -> Callable[["Call"], Tensor]:
     stride = dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), call.x.stride(), strict=True))
     rest: dict[str, Any] = {"eps": call.eps, "H": H, "W": W, "P": P, "Q": Q, "K": K, "strips": strips, "bands": bands}
     rest |= stride | {"C": C, "DENSE": call.x.stride()[1::2] == (1, C)}
-    rest |= {"PRECISION": "tf32" if call.allow_tf32() else "ieee", "BLOCK_K": max(16, triton.next_power_of_2(7 * C))}
+    rest |= {
+        "PRECISION": "tf32" if call.allow_tf32() else "ieee",
+        "BLOCK_K": max(16, triton.next_power_of_2(config["LINES"] * 7 * C)),
+    }
     launch = Launch(conv_pool_kernel, (N * strips * bands * -(-K // config["BLOCK_N"]),), rest | config)
     strides, empty = (K * P * Q, 1, Q * K, K), N * K * P * Q == 0
 
