@@ -48,6 +48,9 @@ class Call:
 
     def flops(self, results: tuple[Tensor, ...]) -> int:
         """Two for each multiply-add of the convolution; nothing else counts."""
+        if self.op == "stem":  # its convolution's own pixels, of which a quarter is left
+            N, _, H, W = self.args[0].shape
+            return 2 * N * -(-H // 2) * -(-W // 2) * self.args[1].numel()
         return 2 * results[0].numel() * self.args[1][0].numel() if self.op == "conv_bn_act" else 0
 
 

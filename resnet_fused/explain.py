@@ -12,6 +12,7 @@ from .dispatch import registry
 from .layers.steps import Fusable
 
 _OUTSIDE = "PyTorch"  # what runs a module that is in no step
+_BY_OTHERS = {"stem": "conv_bn_act + pooling"}  # operators that are others where no kernel of their own serves
 
 
 @dataclass
@@ -45,8 +46,13 @@ class _Explainer:
         self.seen: set[nn.Module] = set()
         self.open: list[Row] = []
 
-    def begin(self, step: layers.Step, unfusable: str | None, takes_over: bool = False) -> None:
+    def begin(
+        self, step: layers.Step, unfusable: str | None, takes_over: bool = False, pool: nn.Module | None = None
+    ) -> None:
         row = self._row(step, add=step.addend is not None, takes_over=takes_over)
+        if pool is not None:
+            row.modules += f" + {type(pool).__name__}"
+            self.seen.add(pool)
         self.open.append(row)
         if not registry.fuses(self.device):
             row.ran = [registry.PLAIN]
@@ -69,12 +75,14 @@ class _Explainer:
     def served(self, op: str, choice: registry.Choice, call: object) -> None:
         if not self.open:  # an operator that a module calls by itself
             return
-        row = self.open[-1]
+        row, rival = self.open[-1], _BY_OTHERS.get(op, registry.PLAIN)
+        row.why += [f"{op} on {name}: {reason}" for name, reason in choice.rejected]
+        if choice.backend == registry.PLAIN != rival:  # who serves it tells for himself
+            return
         ran = f"{'batch_norm_act' if op.startswith('batch_norm_act') else op}: {choice.backend}"  # in several operators
         if choice.gain is not None and choice.backend != registry.PLAIN:
-            ran += f" ({choice.gain:.2f}x eager)"
+            ran += f" ({choice.gain:.2f}x {rival})"
         row.ran += [ran] if ran not in row.ran else []
-        row.why += [f"{op} on {name}: {reason}" for name, reason in choice.rejected]
 
     def outside(self, module: nn.Module) -> None:
         kind = type(module).__name__

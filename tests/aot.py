@@ -10,6 +10,7 @@ one in TF32 uses no tensor cores or cuts its operands, or where a mean is not ro
 
 import argparse
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
@@ -32,9 +33,14 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from resnet_fused.backends.triton import batch_norm_apply, batch_norm_train  # noqa: E402
+from resnet_fused.backends.triton import (  # noqa: E402
+    batch_norm_apply,
+    batch_norm_train,
+    stem,  # noqa: E402
+)
 from resnet_fused.backends.triton import conv as conv_bn_act  # noqa: E402
 from resnet_fused.backends.triton.fold import fold  # noqa: E402
+from resnet_fused.ops.stem import Call as Stem  # noqa: E402
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS = TYPES | {torch.uint8: "u8"}  # the ReLU mask
@@ -187,6 +193,26 @@ def conv_launches(conv: Conv, batch: int, dtype: torch.dtype, tf32: bool, arch: 
         yield from launches
 
 
+def stem_launches(dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> Iterator[Launch]:
+    """Images of the weight's dtype and of bytes; the default configuration for ImageNet's, or every candidate."""
+    before, conv_bn_act.device = conv_bn_act.device, lambda index: (divmod(arch, 10), MULTIPROCESSORS[arch])
+    weight, vector = (
+        torch.empty(shape, dtype=t, device="meta") for shape, t in (((64, 3, 7, 7), dtype), (64, torch.float32))
+    )
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    for batch, of in itertools.product((256,) if quick else (256, 1), (dtype, torch.uint8)):
+        normalization = [torch.empty(3, device="meta") if of == torch.uint8 else None] * 2
+        x = torch.empty((batch, 3, 224, 224), dtype=of, device="meta")
+        for layout in (torch.contiguous_format, torch.channels_last):
+            call = Stem(x.contiguous(memory_format=layout), weight, *[vector] * 4, 1e-5, *normalization)
+            configs = stem.configs(call)
+            for config in configs[:1] if quick else configs:
+                with recorded() as launches:
+                    stem.plan(call, config)(call)
+                yield from launches
+    conv_bn_act.device = before
+
+
 class Job(NamedTuple):
     name: str
     arch: int
@@ -203,6 +229,8 @@ def jobs(arch: int, quick: bool) -> Iterator[Job]:
         for launch in fold_launches(dtype):
             yield Job(f"{TYPES[dtype]} fold", arch, dtype, launch)
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
+            for launch in stem_launches(dtype, tf32, arch, quick):
+                yield Job(f"{'tf32' if tf32 else TYPES[dtype]} stem + pool", arch, dtype, launch)
             for conv in CONVS if quick else CONVS + MORE_CONVS:
                 for batch in (256,) if quick else (256, 32, 1):
                     for launch in conv_launches(conv, batch, dtype, tf32, arch, quick):

@@ -1,5 +1,6 @@
 """Whole models on the fused kernels in the interpreter: numbers, launches, tuning, folding."""
 
+import functools
 import json
 
 import pytest
@@ -166,9 +167,12 @@ def test_tune_keeps_the_fastest_and_later_calls_take_it(own_store, small, monkey
         assert json.loads(path.read_text())["entries"] == found
         speed.forget()
         ran = []
-        triton = registry.implementation("triton", "conv_bn_act")
-        plan = triton.plan
-        monkeypatch.setattr(triton, "plan", lambda call, c: ran.append((call.problem(), c)) or plan(call, c))
+        for op in ("conv_bn_act", "stem"):
+            triton = registry.implementation("triton", op)
+            plan = functools.partial(
+                lambda plan, call, c: ran.append((call.problem(), c)) or plan(call, c), triton.plan
+            )
+            monkeypatch.setattr(triton, "plan", plan)
         assert_close(ours, theirs, x)
     assert all(config == found[key]["config"] for key, config in ran) and {key for key, _ in ran} == set(found)
 

@@ -18,7 +18,7 @@ from resnet_fused.models import PreActBasicBlock, PreActBottleneck, PreActResNet
 
 NEW = list_models()[10:]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-FUSED = {"conv_bn_act: triton", "batch_norm_act: triton"}
+FUSED = {"stem: triton", "conv_bn_act: triton", "batch_norm_act: triton"}
 ALONE = {"Conv2d", "MaxPool2d", "AdaptiveAvgPool2d", "Linear", "PadShortcut"}  # none is a BN, an add or a ReLU
 DEEPER = {  # the same blocks, more of them
     "cifar_resnet20": ["cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202"],

@@ -172,6 +172,8 @@ class Draw:
         shape = t.shape if shape is None else tuple(shape)
         offset = t.data_ptr() % 16 // t.element_size()
         span = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if t.dtype == torch.uint8:
+            return self.bits((span,)).as_strided(shape, strides, offset)
         values = torch.randn(span, generator=self.generator, device=t.device) * scale
         values = (values.tanh() / 2 + 1 if positive else values).to(t.dtype)
         return values.as_strided(shape, strides, offset)

@@ -22,6 +22,7 @@ _ORDER = {
     "conv 1x1": ("triton", "cudnn", "cuda"),
     "conv stem": ("triton", "cudnn", "cuda"),
     "conv": ("cudnn", "triton", "cuda"),
+    "stem": ("triton",),
 }
 PLAIN = "eager"  # PyTorch's own operators: chosen before the dispatcher where no other could serve
 SPLITS_IN_AUTO = ("triton",)  # where one kernel can't, PyTorch's convolution and one fused pass are still the best
@@ -218,6 +219,17 @@ def candidates(device: torch.device, order: str, first: str | None = None) -> tu
     if _forced != "auto":
         return (_forced,)
     return _ORDER[order] if first not in _ORDER[order] else (first, *_ORDER[order])
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """No `explain` or `tune` is told of what runs inside the block, to be timed."""
+    global listener
+    before, listener = listener, None
+    try:
+        yield
+    finally:
+        listener = before
 
 
 def record(op: str, choice: Choice, call: Any = ()) -> None:

@@ -157,7 +157,8 @@ def _candidates(call: Any) -> tuple[list[str], bool]:
 
 
 def _measured(call: Any, names: list[str]) -> dict[str, float]:
-    return speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, call[0].device)
+    with registry.unheard():
+        return speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, call[0].device)
 
 
 def trial(name: str, call: Any) -> speed.Launch:
@@ -212,9 +213,7 @@ def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:
                 warnings.simplefilter("ignore")
                 wrong = refused(backend, call, config)
             if wrong is None:
-                with contextlib.suppress(
-                    Exception
-                ):  # one that can't launch at this shape, or lacks memory, is left out
+                with registry.unheard(), contextlib.suppress(Exception):  # can't launch at this shape, or no memory
                     run = implementation.plan(call, config)
                     times.append((timer(partial(run, call)), backend, config))
     if not times:

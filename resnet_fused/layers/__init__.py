@@ -17,9 +17,23 @@ from . import block
 from .block import Sum, as_modules, run_block
 from .recompute import REPEATABLE, keeping_convolutions, recomputed, recomputes
 from .shortcut import PadShortcut
+from .stem import Normalization, as_floating, run_stem
 from .steps import INPUT, Step, called_plainly, counters
 
-__all__ = ["INPUT", "PadShortcut", "Recompute", "Step", "block", "counters", "hands_over", "run", "run_unit"]
+__all__ = [
+    "INPUT",
+    "Normalization",
+    "PadShortcut",
+    "Recompute",
+    "Step",
+    "as_floating",
+    "block",
+    "counters",
+    "hands_over",
+    "run",
+    "run_stem",
+    "run_unit",
+]
 
 Recompute = Literal["activations", "blocks"] | None
 

@@ -32,8 +32,12 @@ Addend = nn.Module | Step | Literal["input"] | None
 class Explainer(Protocol):
     """Is told what runs."""
 
-    def begin(self, step: Step, unfusable: str | None, takes_over: bool = False) -> None:
-        """Until `end`, operators are the step's; takes_over: its BN adds what the block before left unadded."""
+    def begin(self, step: Step, unfusable: str | None, takes_over: bool = False, pool: nn.Module | None = None) -> None:
+        """Until `end`, operators are the step's.
+
+        takes_over: its BN adds what the block before left unadded.
+        pool: the pooling that is part of it.
+        """
 
     def end(self) -> None: ...
 

@@ -6,11 +6,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Step, counters, run
+from ..layers import Normalization, Step, as_floating, counters, run, run_stem
 from .layout import LaidOut
 
+Values = float | Sequence[float] | Tensor
 
-class Backbone(LaidOut):
+
+class ImageInput(LaidOut):
+    """A network whose first convolution is `conv1`, and that normalises images of bytes itself."""
+
+    conv1: Any
+    input_mean: Tensor | None
+    input_std: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("input_mean", "input_std"):  # no keys of the state_dict, which stay torchvision's
+            self.register_buffer(name, None, persistent=False)
+
+    def set_input_normalization(self, mean: Values, std: Values) -> None:
+        """From now on images may be uint8, as decoders give them, and are (x / 255 - mean) / std inside the model.
+
+        On a GPU that happens while the first convolution reads them. Floating-point images are taken as normalised
+        already, as before. It is no part of the state_dict, nor of what torch.fx records.
+
+        Args:
+            mean, std: of pixels between 0 and 1, one value for every channel or one for all, e.g. (0.485, 0.456, 0.406)
+                and (0.229, 0.224, 0.225).
+
+        Raises:
+            ValueError: they are not that, not finite, or std is not positive.
+        """
+        values = [self._channel_values(name, given) for name, given in (("mean", mean), ("std", std))]
+        if not bool((values[1] > 0).all()):
+            raise ValueError(f"std must be positive, got {std!r}")
+        device = next(self.parameters()).device
+        self.input_mean, self.input_std = (v.to(device, torch.float32) for v in values)
+
+    def _channel_values(self, name: str, given: Values) -> Tensor:
+        channels = self.conv1.in_channels
+        try:
+            values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.empty(0)
+        if values.dim() > 1 or values.numel() not in (1, channels) or not bool(values.isfinite().all()):
+            raise ValueError(f"{name} must be a finite number, or {channels} of them, one a channel; got {given!r}")
+        return values.expand(channels).clone()
+
+    @property
+    def input_normalization(self) -> Normalization | None:
+        mean, std = self.input_mean, self.input_std
+        return None if mean is None or std is None else Normalization(mean, std)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves the numbers with the model, and leaves them float32 when the model becomes half."""
+        before = self.input_normalization
+        super()._apply(fn, recurse)
+        if before is not None:
+            mean, std = self._buffers["input_mean"], self._buffers["input_std"]
+            assert mean is not None and std is not None
+            if mean.dtype != torch.float32:
+                self.input_mean, self.input_std = (v.to(mean.device) for v in before)
+        return self
+
+
+class Backbone(ImageInput):
     """timm's methods of a model with a pooling layer `avgpool` and a linear layer `fc`."""
 
     avgpool: nn.Module
@@ -45,7 +105,7 @@ class Backbone(LaidOut):
             self.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
 
 
-class FeatureNet(LaidOut):
+class FeatureNet(ImageInput):
     """A model without its head that returns the outputs of its stem and stages as a list, as timm's `features_only`.
 
     Args:
@@ -63,6 +123,7 @@ class FeatureNet(LaidOut):
         self.channels_last = net.channels_last
         self.out_indices = tuple(sorted(set(indices)))
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.input_mean, self.input_std = net.input_mean, net.input_std
         self.feature_info = FeatureInfo()
         channels, reduction = net.conv1.out_channels, net.conv1.stride[0]
         for i in range(self.out_indices[-1] + 1):
@@ -83,10 +144,14 @@ class FeatureNet(LaidOut):
             return self._features(x)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        x = run(x, Step(self.conv1, self.bn1, self.relu))
-        found = [x] if 0 in self.out_indices else []
-        if self.out_indices[-1] > 0 and self.maxpool is not None:
-            x = self.maxpool(x)
+        step, normalization, found = Step(self.conv1, self.bn1, self.relu), self.input_normalization, []
+        if self.out_indices[0] > 0:
+            x = run_stem(x, step, self.maxpool, normalization)
+        else:
+            x = run(as_floating(x, self.conv1, normalization), step)
+            found.append(x)
+            if self.out_indices[-1] > 0 and self.maxpool is not None:
+                x = self.maxpool(x)
         for i in range(1, self.out_indices[-1] + 1):
             x = getattr(self, f"layer{i}")(x)
             if i in self.out_indices:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch.registry import BackendUnavailable
-from ..layers import PadShortcut, Recompute, Step, counters, run
+from ..layers import PadShortcut, Recompute, Step, as_floating, counters, run, run_stem
 from .blocks import BasicBlock, Block, Bottleneck, conv1x1, conv3x3
 from .features import Backbone, FeatureNet
 from .layout import LaidOut
@@ -190,10 +190,11 @@ class ResNet(Backbone):
         return nn.Sequential(conv1x1(in_planes, out_planes, stride), self._norm_layer(out_planes))
 
     def _stem(self, x: Tensor) -> Tensor:
-        if self.recompute is not None:
-            return run(x, Step(self.conv1, self.bn1, self.relu), then=self.maxpool, recompute=self.recompute)
-        x = run(x, Step(self.conv1, self.bn1, self.relu))
-        return x if self.maxpool is None else self.maxpool(x)
+        step, normalization = Step(self.conv1, self.bn1, self.relu), self.input_normalization
+        if self.recompute is None or not torch.is_grad_enabled():
+            return run_stem(x, step, self.maxpool, normalization)
+        x = as_floating(x, self.conv1, normalization)
+        return run(x, step, then=self.maxpool, recompute=self.recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

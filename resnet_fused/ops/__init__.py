@@ -2,5 +2,6 @@
 
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_bn_act
+from .stem import stem
 
-__all__ = ["batch_norm_act", "conv_bn_act"]
+__all__ = ["batch_norm_act", "conv_bn_act", "stem"]

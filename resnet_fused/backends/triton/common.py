@@ -30,3 +30,20 @@ def normalize(z, weight, bias, mean, var, c, in_range, eps):
         if bias is not None:
             z += tl.load(bias + c, in_range, other=0.0).to(tl.float32)[None, :]
     return z
+
+
+@triton.jit
+def _to_tf32(v):
+    """Rounded as cuDNN's kernels do; of what is not, the multiplication drops the last 13 bits."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # its bfloat16 products are wrong, its float32 products exact
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    elif PRECISION == "tf32" and a.dtype == tl.float32:
+        a = _to_tf32(a)
+        b = _to_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -16,6 +16,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "conv_kernel": ("y",),
     "pointwise_kernel": ("y",),
     "stem_kernel": ("y",),
+    "conv_pool_kernel": ("y",),
     "fold_kernel": ("folded_weight", "folded_bias"),
     "apply_kernel": ("y", "total"),
     "apply_with_mask_kernel": ("y", "relu_mask"),
@@ -68,14 +69,14 @@ class _Driver:
 @contextlib.contextmanager
 def stubbed() -> Iterator[None]:
     """Launches inside the block do nothing; PTX is made and stands for the binary."""
-    before = driver._active, CUDABackend.make_cubin, conv._device
+    before = driver._active, CUDABackend.make_cubin, conv.device
     driver.set_active(_Driver())
     CUDABackend.make_cubin = lambda self, src, *args: src.encode()
-    conv._device = lru_cache(lambda index: (CAPABILITY, MULTIPROCESSORS))
+    conv.device = lru_cache(lambda index: (CAPABILITY, MULTIPROCESSORS))
     try:
         yield
     finally:
-        driver._active, CUDABackend.make_cubin, conv._device = before
+        driver._active, CUDABackend.make_cubin, conv.device = before
 
 
 def key(kernel: Any) -> str:

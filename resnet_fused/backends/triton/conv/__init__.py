@@ -17,6 +17,7 @@ __all__ = [
     "candidates",
     "config",
     "conv_bn_act",
+    "device",
     "plan_conv_bn_act",
     "problem",
     "problem_on",
@@ -94,7 +95,7 @@ def problem_on(
     allow_tf32: bool,
 ) -> Problem:
     """`problem` of these tensors on their device."""
-    capability, multiprocessors = _device(x.get_device())
+    capability, multiprocessors = device(x.get_device())
     return problem(
         x.shape,
         weight.shape,
@@ -110,7 +111,7 @@ def problem_on(
 
 
 @lru_cache
-def _device(index: int) -> tuple[tuple[int, int], int]:
+def device(index: int) -> tuple[tuple[int, int], int]:
     """Compute capability and multiprocessors; the interpreter (index -1) is served best by large tiles."""
     if index < 0:
         return (8, 0), 1

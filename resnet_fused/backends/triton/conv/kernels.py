@@ -3,10 +3,8 @@
 import triton
 import triton.language as tl
 
-from .. import INTERPRETED
-from ..common import normalize, round_to
+from ..common import dot, normalize, round_to
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _GROUP_M = tl.constexpr(8)  # row tiles that go through all column tiles together: their input stays in L2
 _STORE_N = tl.constexpr(32)
 
@@ -30,23 +28,6 @@ def _pixels(first_row, P, Q, STRIDE_H, STRIDE_W, PAD_H, PAD_W, BLOCK_M: tl.const
     h = pixel % (P * Q) // Q * STRIDE_H - PAD_H
     w = pixel % Q * STRIDE_W - PAD_W
     return image + pixel // (P * Q), h, w
-
-
-@triton.jit
-def _to_tf32(v):
-    """Rounded as cuDNN's kernels do; of what is not, the multiplication drops the last 13 bits."""
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:  # its bfloat16 products are wrong, its float32 products exact
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    elif PRECISION == "tf32" and a.dtype == tl.float32:
-        a = _to_tf32(a)
-        b = _to_tf32(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -168,7 +149,7 @@ def conv_kernel(
             weight_mask &= in_c[:, None]
         a = tl.load(x_tile + (r * step_h + s * step_w + first_c), x_mask, other=0.0)
         b = tl.load(weight_tile + (tap * C + first_c), weight_mask, other=0.0)
-        acc = _dot(a, b, acc, PRECISION)
+        acc = dot(a, b, acc, PRECISION)
         first_c += BLOCK_K
         if R * S > 1:
             next_tap = first_c >= C
@@ -208,7 +189,7 @@ def pointwise_kernel(
     row = first_row.to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first_c in range(0, C, BLOCK_K):
-        acc = _dot(x.load([row, first_c]), weight.load([first_k, first_c]).T, acc, PRECISION)
+        acc = dot(x.load([row, first_c]), weight.load([first_k, first_c]).T, acc, PRECISION)
     vectors = (bias, bn_weight, bn_bias, mean, var)
     _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, BLOCK_N)
 
@@ -277,7 +258,7 @@ def stem_kernel(
         in_x = in_taps & in_rows[None, :] & (tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W)
         a = tl.load(x + pixel[None, :] + tap[:, None], in_x, other=0.0)  # [BLOCK_K, BLOCK_M]: neighbours in w coalesce
         b = tl.load(weight_tile[None, :] + rsc[:, None], in_taps & in_columns[None, :], other=0.0)
-        acc = _dot(a.T, b, acc, PRECISION)
+        acc = dot(a.T, b, acc, PRECISION)
 
     vectors = (bias, bn_weight, bn_bias, mean, var)
     _finish(acc, vectors, residual, y, eps, first_row, first_k, rows, columns, K, RELU, BLOCK_M, BLOCK_N)

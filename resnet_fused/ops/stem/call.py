@@ -1,0 +1,154 @@
+"""The schema of `stem`, its record of a call, and what it is in plain PyTorch and in `conv_bn_act`."""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import dispatch
+from ...dispatch import numerics
+from .._calls import BN, metadata, power_of_two
+from ..conv_bn_act import conv_bn_act
+
+SCHEMA = (
+    "stem(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, Tensor running_var, "
+    "float eps, Tensor? mean, Tensor? std) -> Tensor"
+)
+STRIDE, PADDING = 2, 3  # of the convolution
+POOL = (3, 2, 1)  # kernel, stride and padding
+
+
+def normalized(x: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x / 255 - mean) / std of images of bytes [N, C, H, W], computed in float32 or more and rounded once to dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, std = (v.to(wide)[:, None, None] for v in (mean, std))
+    return ((x.to(wide) / 255 - mean) / std).to(dtype)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """`stem` in plain PyTorch, in torchvision's order."""
+    if mean is not None and std is not None:
+        x = normalized(x, mean, std, weight.dtype)
+    y = F.conv2d(x, weight, None, STRIDE, PADDING)
+    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
+    return F.max_pool2d(F.relu(y), *POOL)
+
+
+class _Fields(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+    mean: Tensor | None
+    std: Tensor | None
+
+
+class Call(_Fields):
+    """One call of the registered operator: the schema's fields in its order."""
+
+    __slots__ = ()
+    op = name = "stem"
+
+    @property
+    def bn(self) -> BN:
+        return BN(self.bn_weight, self.bn_bias, self.running_mean, self.running_var)
+
+    def reference(self) -> Tensor:
+        return reference(*self[:6], eps=self.eps, mean=self.mean, std=self.std)
+
+    def plainly(self) -> Tensor:
+        """By `conv_bn_act`, which finds its own backend, and PyTorch's pooling: what eager is to this operator."""
+        x = self.x
+        if self.mean is not None and self.std is not None:
+            x = normalized(x, self.mean, self.std, self.weight.dtype)
+        y = conv_bn_act(x, self.weight, *self.bn, eps=self.eps, stride=STRIDE, padding=PADDING)
+        return F.max_pool2d(y, *POOL)
+
+    def magnitudes(self) -> Tensor:
+        """The same formula on absolute values."""
+        args, kwargs = numerics.absolute(self[:6], {"std": self.std} if self.std is not None else {})
+        mean = None if self.mean is None else -self.mean.abs()
+        return reference(*args, eps=self.eps, mean=mean, **kwargs)
+
+    def drawn(self, whole: bool = False) -> "Call":
+        """A random call like this one, on a crop of two images unless the whole is asked for; one has a NaN."""
+        draw, shape = numerics.Draw(self.x.device), None
+        if not whole:
+            sides = (numerics.cropped(size, self.weight.shape[-1]) for size in self.x.shape[2:])
+            shape = torch.Size((numerics.IMAGES, self.x.shape[1], *sides))
+
+        def like(name: str, t: Tensor) -> Tensor:
+            scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
+            positive = name in ("running_var", "std")
+            return draw.like(t, shape if name == "x" else None, positive=positive, scale=scale)
+
+        call = Call._make(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
+        if call.x.shape[0] > 1 and call.x.is_floating_point() and 0 not in call.x.stride():
+            call.x[-1, -1, -1, -1] = float("nan")
+        return call
+
+    def written(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def allow_tf32(self) -> bool:
+        return (
+            self.weight.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # made at import
+        )
+
+    def key(self) -> Hashable:
+        """All that a plan depends on."""
+        settings = torch.backends.cudnn
+        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode()
+        return self.name, metadata(self), self.allow_tf32(), flags
+
+    def order(self) -> str:
+        """What the registry orders backends by."""
+        return self.op
+
+    def problem(self) -> str:
+        """One layer's problem, for `tune`: everything that the fastest choice depends on."""
+        return self._problem(*self.x.shape)
+
+    def layer_class(self) -> str:
+        """The problem with its output's rows rounded up to a power of two: what is timed once."""
+        N, _, P, Q = out_shape(self.x, self.weight)
+        return self._problem(f"M{power_of_two(N * P * Q)}", self.x.shape[1])
+
+    def _problem(self, *images: object) -> str:
+        dtypes = "+".join(
+            str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((self.x.dtype, self.weight.dtype))
+        )
+        flags = "+tf32" * self.allow_tf32() + "+benchmark" * torch.backends.cudnn.benchmark
+        flags += "" if self.x.is_contiguous(memory_format=torch.channels_last) else "+nchw"
+        return f"stem {dtypes} {'x'.join(map(str, (*images, *self.weight.shape)))}{flags}"
+
+    def trial(self, backend: str) -> Callable[[], Tensor]:
+        """What is timed of a backend."""
+        return dispatch.trial(backend, self)
+
+
+def out_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    """[N, K, P, Q] of the result."""
+    p, q = ((side + 3) // 4 for side in x.shape[2:])
+    return x.shape[0], weight.shape[0], p, q
+
+
+def fake(*args) -> Tensor:
+    call = Call(*args)
+    return call.weight.new_empty(out_shape(call.x, call.weight)).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,496 @@
+"""The stem as one operator, and images of bytes: in Triton's interpreter on the CPU, compiled on a GPU."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import resnet_fused
+from resnet_fused import BackendUnavailable, BasicBlock, PreActBasicBlock, PreActResNet, ResNet, explain, graphed, ops
+from resnet_fused.dispatch import numerics, plans, registry, speed, trust
+from resnet_fused.models.features import FeatureNet
+from resnet_fused.ops.stem import Call, normalized
+from resnet_fused.testing import DTYPES, nan_filled_memory
+
+triton_stem = pytest.importorskip("resnet_fused.backends.triton.stem", reason="needs Triton", exc_type=ImportError)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHAPES = {  # of x and channels of the result
+    "odd": ((2, 3, 21, 17), 40),
+    "one-channel": ((1, 1, 8, 10), 16),
+    "four-channels": ((1, 4, 13, 9), 64),
+    "wide": ((1, 3, 6, 131), 24),
+    "one-pixel": ((2, 2, 1, 1), 3),
+    "many-channels": ((1, 3, 5, 6), 72),
+}
+
+
+def draw(shape, K=64, dtype=torch.float32, of_bytes=False, layout="channels_last", bn="affine", seed=0) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+    N, C, H, W = shape
+    x = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    x = x if of_bytes else torch.randn(shape, generator=generator).to(dtype)
+    if layout == "strided":
+        wide = torch.full((N, C, 2 * H, W), 7 if of_bytes else float("nan"), dtype=x.dtype)
+        wide[:, :, ::2] = x
+        x = wide.to(DEVICE)[:, :, ::2]
+    x = x.to(DEVICE).contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x.to(DEVICE)
+    weight = (torch.randn(K, C, 7, 7, generator=generator) / (49 * C) ** 0.5).to(DEVICE, dtype)
+    draws = torch.randn(4, K, generator=generator)
+    vectors = (1 + draws[0] / 4, draws[1], draws[2] / 4, 1 + draws[3].tanh() / 2)
+    vectors = [v.to(DEVICE, dtype if bn == "half" else torch.float32) for v in vectors]
+    vectors = [None, None, *vectors[2:]] if bn == "plain" else vectors
+    mean, std = (torch.tensor((*v, 0.3)[:C], device=DEVICE) if of_bytes else None for v in (MEAN, STD))
+    return Call(x, weight.contiguous(memory_format=torch.channels_last), *vectors, 1e-5, mean, std)
+
+
+def run(call: Call) -> torch.Tensor:
+    return ops.stem(*call[:6], eps=call.eps, mean=call.mean, std=call.std)
+
+
+def assert_within_budget(y: torch.Tensor, call: Call) -> None:
+    reason = numerics.wrong((y,), list(numerics.call_limits(call)))
+    assert reason is None, reason
+
+
+def check(call: Call, config=None) -> None:
+    plan = triton_stem.plan(call, config or triton_stem.configs(call)[0])
+    with nan_filled_memory(), torch.no_grad():
+        y = plan(call)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_within_budget(y, call)
+
+
+@pytest.mark.any_device
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("id", SHAPES)
+def test_within_budget_of_float64(id, dtype, of_bytes):
+    shape, K = SHAPES[id]
+    check(draw(shape, K, dtype, of_bytes))
+
+
+@pytest.mark.any_device
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("bn", ["plain", "half"])
+def test_layouts_and_vectors(layout, bn, of_bytes):
+    check(draw((2, 3, 11, 14), 32, torch.float16, of_bytes, layout, bn))
+
+
+@pytest.mark.any_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_every_tile_on_several_strips_and_bands(dtype, capability, monkeypatch):
+    call = draw((1, 3, 10, 140), 64, dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_stem.conv, "device", lambda index: (capability, 132))
+        configs = triton_stem.configs(call)
+    tiles = {(c["BLOCK_Q"], c["BLOCK_N"]) for c in configs}
+    assert len({c["rows"] for c in configs}) > 1 and len(tiles) > (dtype == torch.float16)
+    for config in configs:
+        check(call, config)
+
+
+@pytest.mark.any_device
+def test_bands_are_large_where_there_are_images_enough(monkeypatch):
+    monkeypatch.setattr(triton_stem.conv, "device", lambda index: ((9, 0), 132))
+
+    def rows(batch):
+        x = torch.empty(batch, 3, 224, 224, device="meta", dtype=torch.float16)
+        weight, vector = torch.empty(64, 3, 7, 7, device="meta", dtype=torch.float16), torch.empty(64, device="meta")
+        return triton_stem.configs(Call(x, weight, *[vector] * 4, 1e-5, None, None))[0]["rows"]
+
+    assert (rows(256), rows(32), rows(1)) == (56, 7, 2)
+
+
+@pytest.mark.any_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_border_of_bytes_is_0_of_what_is_normalised(dtype):
+    """Black pixels are -2, and every sum is exact: 2 for every pixel that the kernel meets, and none for the border."""
+    x = torch.zeros((1, 1, 6, 9), dtype=torch.uint8, device=DEVICE)
+    weight = torch.full((16, 1, 7, 7), -1.0, dtype=dtype, device=DEVICE)
+    zeros, ones = torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)
+    mean, std = torch.tensor([0.5], device=DEVICE), torch.tensor([0.25], device=DEVICE)
+    call = Call(x, weight, None, None, zeros, ones, 0.0, mean, std)
+    y = triton_stem.plan(call, triton_stem.configs(call)[0])(call)
+    met = F.conv2d(torch.ones(1, 1, 6, 9), torch.ones(1, 1, 7, 7), None, 2, 3)
+    expected = F.max_pool2d(2 * met, 3, 2, 1).to(DEVICE, dtype).expand(1, 16, 2, 3)
+    assert torch.equal(y, expected) and torch.equal(call.reference(), expected)
+
+
+@pytest.mark.any_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_go_where_eagers_do(value, dtype):
+    """One in every image, in each column of a row and each row of a column."""
+    places = [*product([2], range(11)), *product(range(6), [5])]
+    call = draw((len(places), 1, 6, 11), 16, dtype)
+    for image, (row, column) in zip(call.x, places, strict=True):
+        image[0, row, column] = value
+    y, expected = triton_stem.plan(call, triton_stem.configs(call)[0])(call), call.reference()
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isposinf(), expected.isposinf())
+
+
+@pytest.mark.any_device
+def test_what_lies_around_an_image_is_never_read():
+    call = draw((1, 3, 9, 13), 16, torch.float32)
+    frame = torch.full((3, 9, 13, 3), float("nan"), device=DEVICE)
+    frame[1:2] = call.x.permute(0, 2, 3, 1)
+    framed = call._replace(x=frame.permute(0, 3, 1, 2)[1:2])
+    plan = triton_stem.plan(call, triton_stem.configs(call)[0])
+    assert torch.equal(plan(framed), plan(call))
+
+
+@pytest.mark.any_device
+def test_a_large_mean_is_subtracted_before_it_is_scaled():
+    call = draw((1, 3, 13, 13), 16)
+    x, weight = call.x + 1e3, call.weight.abs()
+    mean = F.conv2d(x.double(), weight.double(), None, 2, 3)[:, :, 2:-2, 2:-2].mean((0, 2, 3)).float()
+    call = call._replace(x=x, weight=weight, running_mean=mean, running_var=torch.ones_like(mean))
+    check(call)
+    y = triton_stem.plan(call, triton_stem.configs(call)[0])(call)
+    assert y[:, :, 1:-1, 1:-1].abs().max() < 500  # what is near the mean, not the border
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_an_empty_batch(backend):
+    with resnet_fused.backend(backend), torch.no_grad():
+        assert run(draw((0, 3, 8, 8), 16)).shape == (0, 16, 2, 2)
+
+
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
+@pytest.mark.parametrize("backend", ["auto", "eager", "onednn", "triton"])
+def test_under_every_backend(backend, of_bytes):
+    """A backend without a kernel for it gets the convolution."""
+    call, heard = draw((1, 3, 10, 11), 16, of_bytes=of_bytes), []
+    registry.listener = lambda op, choice, call: heard.append((op, choice.backend))
+    try:
+        with resnet_fused.backend(backend), torch.no_grad():
+            y, again = run(call), run(call)
+    finally:
+        registry.listener = None
+    assert torch.equal(y, again)
+    assert_within_budget(y, call)
+    served = {"auto": ("conv_bn_act", "eager"), "triton": ("stem", "triton")}
+    assert heard == 2 * [served.get(backend, ("conv_bn_act", backend))]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c._replace(weight=c.weight[:, :, 1:, 1:]), r"weight must have shape \[K, 3, 7, 7\]"),
+        (lambda c: c._replace(weight=c.weight[:, :2]), r"weight must have shape \[K, 3, 7, 7\] for x's 3 channels"),
+        (lambda c: c._replace(x=c.x.half()), "x must be uint8 or of weight's dtype torch.float32"),
+        (lambda c: c._replace(x=c.x.int()), "x must be of a floating-point dtype, got torch.int32"),
+        (lambda c: c._replace(x=c.x[0]), "x must have 4 dimensions"),
+        (lambda c: c._replace(x=c.x[:, :, :0]), "x must have images of 1 pixel or more"),
+        (lambda c: c._replace(x=c.x.byte()), "mean must be given where x is uint8, and only there; got None"),
+        (lambda c: c._replace(std=torch.ones(3)), "std must be given where x is uint8, and only there; got a tensor"),
+        (lambda c: c._replace(x=c.x.byte(), mean=torch.ones(2)), r"mean must have shape \(3,\)"),
+        (lambda c: c._replace(x=c.x.byte(), mean=torch.ones(3).double()), "mean must be of dtype torch.float32"),
+        (lambda c: c._replace(running_var=None), "running_mean and running_var must be given"),
+        (lambda c: c._replace(bn_weight=torch.ones(3)), r"bn_weight must have shape \(16,\)"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.skipif(DEVICE == "cuda", reason="on the CPU")
+def test_errors(change, message, backend):
+    with pytest.raises(ValueError, match=message), resnet_fused.backend(backend):
+        run(change(draw((1, 3, 8, 8), 16)))
+
+
+def test_channels_that_the_kernel_does_not_take_are_the_convolutions():
+    call, heard = draw((1, 3, 9, 9), 16), []
+    call = call._replace(x=call.x.repeat(1, 2, 1, 1), weight=call.weight.repeat(1, 2, 1, 1))
+    registry.listener = lambda op, choice, call: heard.append((op, choice))
+    try:
+        with resnet_fused.backend("triton"), torch.no_grad():
+            assert_within_budget(run(call), call)
+    finally:
+        registry.listener = None
+    (first, why), (second, served) = heard
+    assert (first, why.rejected) == ("stem", (("triton", "x has 6 channels; the kernel serves 1 to 4"),))
+    assert (second, served.backend) == ("conv_bn_act", "triton")
+
+
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
+def test_gradients_are_the_plain_formulas(of_bytes):
+    call = draw((1, 3, 9, 9), 16, torch.float64, of_bytes, bn="half")
+    weight = call.weight.requires_grad_()
+    x = call.x if of_bytes else call.x.requires_grad_()
+    inputs = [weight] if of_bytes else [x, weight]
+    found = torch.autograd.grad(run(call).sum(), inputs)
+    expected = torch.autograd.grad(call.reference().sum(), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with resnet_fused.backend("triton"):
+        single = draw((1, 3, 9, 9), 16, of_bytes=of_bytes)
+        y = ops.stem(single.x, single.weight.requires_grad_(), *single[2:6], mean=single.mean, std=single.std)
+        assert y.grad_fn is not None
+
+
+def test_the_operator_is_registered_soundly():
+    for of_bytes in (False, True):
+        call = draw((1, 3, 9, 9), 16, of_bytes=of_bytes)
+        with resnet_fused.backend("triton"):
+            torch.library.opcheck(torch.ops.resnet_fused.stem.default, tuple(call))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_what_a_convolution_would(dtype):
+    for of_bytes in (False, True):
+        call = draw((1, 3, 9, 9), 16, of_bytes=of_bytes)
+        low = call._replace(x=call.x if of_bytes else call.x.to(dtype), weight=call.weight.to(dtype))
+        for backend in ("eager", "triton"):
+            with resnet_fused.backend(backend), torch.no_grad(), torch.autocast(DEVICE, dtype):
+                y = run(call)
+            assert y.dtype == dtype
+            assert_within_budget(y, low)
+
+
+# --- the layer and the models
+
+
+def small(cls=ResNet, block=BasicBlock, stages=1, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    model = cls(block, [1] * stages, 10, widths=(16, 32)[:stages], **kwargs)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_mean, -0.5, 0.5)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return model.to(DEVICE).eval()
+
+
+BYTES = torch.randint(256, (2, 3, 13, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def floats(x=BYTES, dtype=torch.float32):
+    return normalized(x, *(torch.tensor(v, device=x.device) for v in (MEAN, STD)), dtype)
+
+
+def first_row(model, x=BYTES):
+    with resnet_fused.backend("triton"), torch.no_grad():
+        return explain(model, x)[0]
+
+
+def hooked(model):
+    model.maxpool.register_forward_hook(lambda *args: None)
+
+
+def with_a_pooling_of_another_kind(model):
+    model.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+
+def with_average_pooling(model):
+    model.maxpool = nn.AvgPool2d(3, 2, 1)
+
+
+def with_another_convolution(model):
+    model.conv1 = nn.Conv2d(3, 16, 5, 2, 2, bias=False).to(DEVICE)
+
+
+def with_a_bias(model):
+    model.conv1.bias = nn.Parameter(torch.ones(16, device=DEVICE))
+
+
+def with_the_batchs_statistics(model):
+    model.bn1.train()
+
+
+CHANGES = [
+    hooked,
+    with_a_pooling_of_another_kind,
+    with_average_pooling,
+    with_another_convolution,
+    with_a_bias,
+    with_the_batchs_statistics,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_what_the_operator_can_not_stand_for_goes_the_plain_way(change):
+    model = small()
+    model.set_input_normalization(MEAN, STD)
+    assert first_row(model).ran == ["stem: triton"]
+    change(model)
+    row = first_row(model)
+    assert not any(ran.startswith("stem") for ran in row.ran) and "MaxPool2d" not in row.modules
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = twin(floats())
+        with resnet_fused.backend("triton"):
+            torch.testing.assert_close(model(BYTES), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"stem": "cifar"}, {"stem": "caffe"}, {}, {"in_chans": 1}], ids=str)
+@pytest.mark.parametrize("cls, block", [(ResNet, BasicBlock), (PreActResNet, PreActBasicBlock)])
+def test_every_model_takes_bytes(cls, block, kwargs):
+    model, grey = small(cls, block, **kwargs), "in_chans" in kwargs
+    x, normalization = (BYTES[:, :1], (MEAN[0], STD[0])) if grey else (BYTES, (MEAN, STD))
+    model.set_input_normalization(*normalization)
+    values = [torch.tensor(v, device=DEVICE).reshape(-1) for v in normalization]
+    with torch.no_grad():
+        expected = model(normalized(x, *values, torch.float32))
+        assert torch.equal(model(x), expected) or DEVICE == "cuda"
+        with resnet_fused.backend("triton"):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    ran = first_row(model, x).ran
+    assert ran == (["stem: triton"] if kwargs.get("stem") is None else ["conv_bn_act: triton"])
+    model.train()(x).sum().backward()
+    assert model.conv1.weight.grad.abs().sum() > 0
+
+
+def test_training_on_bytes_is_training_on_floats():
+    ours, theirs = small().train(), small().train()
+    ours.set_input_normalization(MEAN, STD)
+    for recompute in (None, "activations", "blocks"):
+        ours.set_recompute(recompute)
+        for model, x in ((ours, BYTES), (theirs, floats())):
+            model.zero_grad()
+            model(x).sum().backward()
+        torch.testing.assert_close(ours.conv1.weight.grad, theirs.conv1.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("out_indices", [(1,), (0, 2)])
+def test_features_of_bytes(out_indices):
+    net = small(stages=2)
+    net.set_input_normalization(MEAN, STD)
+    model = FeatureNet(net, out_indices).eval()
+    with torch.no_grad():
+        expected = model(floats())
+        with resnet_fused.backend("triton"):
+            for a, b in zip(model(BYTES), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert explain(model, BYTES)[0].ran == ["conv_bn_act: triton" if 0 in out_indices else "stem: triton"]
+
+
+def test_bytes_without_a_normalization_name_the_call():
+    for backend in ("auto", "triton"):
+        for model in (small(), small().train(), small(stem="cifar")):
+            with resnet_fused.backend(backend), pytest.raises(ValueError, match=r"model.set_input_normalization\(mean"):
+                model(BYTES)
+
+
+@pytest.mark.parametrize(
+    "mean, std, message",
+    [
+        ((0.5, 0.5), 1, r"mean must be a finite number, or 3 of them, one a channel; got \(0.5, 0.5\)"),
+        ("a", 1, "mean must be a finite number"),
+        (0, (1, 1, float("nan")), "std must be a finite number"),
+        (0, torch.ones(1, 3), "std must be a finite number"),
+        (None, 1, "mean must be a finite number"),
+        (0, (1, 0, 1), r"std must be positive, got \(1, 0, 1\)"),
+        (0, -1.0, "std must be positive, got -1.0"),
+    ],
+)
+def test_normalizations_that_are_none(mean, std, message):
+    model = small()
+    with pytest.raises(ValueError, match=message):
+        model.set_input_normalization(mean, std)
+    assert model.input_mean is None and model.input_normalization is None
+
+
+def test_the_normalization_follows_the_model_and_is_no_part_of_its_state():
+    model, keys = small(), small().state_dict().keys()
+    model.set_input_normalization(torch.tensor(MEAN), 0.25)
+    assert model.state_dict().keys() == keys and dict(model.named_parameters()).keys() <= keys
+    for moved in (copy.deepcopy(model), copy.deepcopy(model).half(), copy.deepcopy(model).double().float()):
+        assert moved.input_mean.dtype == moved.input_std.dtype == torch.float32
+        assert moved.input_mean.tolist() == torch.tensor(MEAN).tolist() and moved.input_std.tolist() == [0.25] * 3
+        moved.load_state_dict(model.state_dict())
+    assert model.to("meta").input_mean.is_meta
+
+
+def test_exported_models_take_bytes_in_plain_pytorch():
+    model = small()
+    model.set_input_normalization(MEAN, STD)
+    program = torch.export.export(model, (BYTES,))
+    assert not any("resnet_fused" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(BYTES), model(floats()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_traced_graph_is_torchvisions():
+    names = [n.name for n in torch.fx.symbolic_trace(small()).graph.nodes]
+    assert names[:5] == ["x", "conv1", "bn1", "relu", "maxpool"]
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """`auto` takes CPU tensors as a GPU's."""
+    if DEVICE == "cuda":
+        pytest.skip("on the CPU")
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    plans.forget()
+    yield monkeypatch
+    plans.forget()
+
+
+def test_where_the_kernel_is_wrong_the_convolution_is_fused(on_the_cpu):
+    model, right = small(), trust.refused
+    on_the_cpu.setattr(trust, "refused", lambda key, *args: "wrong" if key.startswith("stem/") else right(key, *args))
+    with torch.no_grad():
+        row = explain(model, floats())[0]
+    assert row.ran == ["conv_bn_act: triton"] and "stem on triton: wrong" in row.why
+
+
+@pytest.mark.parametrize("us, ran", [(5.0, "stem: triton (2.00x conv_bn_act + pooling)"), (20.0, "conv_bn_act: ")])
+def test_where_the_kernel_is_slower_the_convolution_serves(us, ran, on_the_cpu):
+    """What is timed beside it is heard by nobody."""
+    heard = []
+
+    def measure(launches, device):
+        for launch in launches.values():
+            launch()
+        return {name: us if name == "triton" else 10.0 for name in launches}
+
+    on_the_cpu.setattr(speed, "calibrates", lambda device: True)
+    on_the_cpu.setattr(speed, "measure", measure)
+    on_the_cpu.setattr(speed, "keep_times", lambda *args: heard.append(args[1]))
+    with torch.no_grad():
+        row = explain(small(), floats())[0]
+    assert row.ran[0].startswith(ran) and len(row.ran) == 1
+    assert any(key.startswith("stem float32 M32x3x16x3x7x7") for key in heard)
+
+
+# --- on a device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
+def test_a_model_on_a_gpu(of_bytes):
+    model = small().half()
+    model.set_input_normalization(MEAN, STD)
+    x = BYTES if of_bytes else floats(dtype=torch.float16)
+    with torch.no_grad():
+        with resnet_fused.backend("eager"):
+            expected = model(x)
+        found = explain(model, x)
+        assert found[0].ran == ["stem: triton"], found
+        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_forced_backend_without_it_gets_the_convolution():
+    model = small()
+    for name in ("cuda", "cudnn"):
+        try:
+            with resnet_fused.backend(name), torch.no_grad():
+                row = explain(model, floats())[0]
+        except BackendUnavailable:
+            continue
+        assert row.ran == [f"conv_bn_act: {name}"] and row.modules == "Conv2d + BatchNorm2d + ReLU"
+
+
+@pytest.mark.gpu
+def test_bytes_in_a_cuda_graph():
+    model = small().half()
+    model.set_input_normalization(MEAN, STD)
+    with torch.no_grad():
+        expected = model(BYTES)
+        graph = graphed(model, torch.zeros_like(BYTES))
+        assert torch.equal(graph(BYTES), expected)
