@@ -50,15 +50,13 @@ def configs(call: "Call") -> list[Config]:
     if call.weight.dtype.itemsize == 2:  # of float32 these spill
         tiles += [tile(64, 32, 4)] if capability < (9, 0) else [tile(64, 32, 4), tile(64, 64, 8)]
     if multiprocessors == 1:  # Triton's interpreter, where a step costs the same whatever its size
-        tiles = [tile(256, 256, 8, 7), *tiles]
+        return [tile(256, 256, 8, 7) | {"rows": P}, tile(256, 256, 8) | {"rows": P}]
     heights = list(dict.fromkeys(-(-P // parts) for parts in (1, 2, 4, 8, 16, 32)))
 
     def programs(rows: int) -> int:
         return N * -(-Q // (tiles[0]["BLOCK_Q"] - 1)) * -(-P // rows) * -(-K // tiles[0]["BLOCK_N"])
 
     rows = next((rows for rows in heights if programs(rows) >= 2 * multiprocessors), heights[-1])
-    if multiprocessors == 1:
-        rows = heights[0]
     found = [tiles[0] | {"rows": rows}, *(tiles[0] | {"rows": other} for other in heights)]
     found += [tile | {"rows": rows} for tile in tiles[1:]]
     return [c for i, c in enumerate(found) if c not in found[:i]]
