@@ -35,7 +35,7 @@ def test_compile_of_the_eval_model(backend, compiler):
     with resnet_fused.backend(backend), torch.no_grad():
         y = torch.compile(ours, fullgraph=True, backend=keep)(X)
         torch.testing.assert_close(y, theirs(X), rtol=0, atol=2e-5)
-    calls = sum("resnet_fused.conv_bn_act" in str(n.target) for n in graphs[0].graph.nodes)
+    calls = sum("resnet_fused." in str(n.target) for n in graphs[0].graph.nodes)
     assert len(graphs) == 1 and calls == (0 if backend == "auto" else 12)
 
 
@@ -58,7 +58,7 @@ def test_a_forced_backend_recompiles():
         with resnet_fused.backend("triton"):
             torch.testing.assert_close(compiled(X), auto, rtol=0, atol=2e-5)
         assert torch.equal(compiled(X), auto)
-    calls = [sum("resnet_fused.conv_bn_act" in str(n.target) for n in graph.graph.nodes) for graph in graphs]
+    calls = [sum("resnet_fused." in str(n.target) for n in graph.graph.nodes) for graph in graphs]
     assert calls == [0, 12]
 
 
@@ -92,7 +92,7 @@ def test_export(backend):
     ours, theirs = twins()
     with resnet_fused.backend(backend), torch.no_grad():
         program = torch.export.export(ours, (X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
-        nodes = [n for n in program.graph.nodes if n.target == torch.ops.resnet_fused.conv_bn_act.default]
+        nodes = [n for n in program.graph.nodes if "resnet_fused." in str(n.target)]
         assert len(nodes) == (0 if backend == "auto" else 12)
         larger = torch.cat([X, X + 1])
         torch.testing.assert_close(program.module()(larger), theirs(larger), rtol=0, atol=2e-5)
