@@ -11,6 +11,7 @@ from torch import nn
 import resnet_fused
 from resnet_fused import BackendUnavailable, BasicBlock, PreActBasicBlock, PreActResNet, ResNet, explain, graphed, ops
 from resnet_fused.dispatch import numerics, plans, registry, speed, trust
+from resnet_fused.doctor import replay
 from resnet_fused.models.features import FeatureNet
 from resnet_fused.ops.stem import Call, normalized
 from resnet_fused.testing import DTYPES, nan_filled_memory
@@ -386,6 +387,8 @@ def test_bytes_without_a_normalization_name_the_call():
         (None, 1, "mean must be a finite number"),
         (0, (1, 0, 1), r"std must be positive, got \(1, 0, 1\)"),
         (0, -1.0, "std must be positive, got -1.0"),
+        (0, 1e-60, "std must be positive, got 1e-60"),  # 0 in float32
+        ((123.675, 116.28, 103.53), 1, "mean must be of pixels between 0 and 1"),
     ],
 )
 def test_normalizations_that_are_none(mean, std, message):
@@ -494,3 +497,25 @@ def test_bytes_in_a_cuda_graph():
         expected = model(BYTES)
         graph = graphed(model, torch.zeros_like(BYTES))
         assert torch.equal(graph(BYTES), expected)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (1, 32, 32, 3), (3, 32, 32)])
+def test_bytes_of_other_channels_are_refused(stem, shape):
+    model = resnet_fused.resnet18(stem=stem, num_classes=3).eval()
+    model.set_input_normalization(0.5, 0.25)
+    with pytest.raises(ValueError, match=r"x must be \[N, 3, H, W\]"):
+        model(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_the_normalization_outlives_meta():
+    model = resnet_fused.resnet18(num_classes=3)
+    with torch.device("meta"):
+        model.set_input_normalization((0.1, 0.2, 0.3), 0.25)
+    model.to("meta").to_empty(device="cpu").half()
+    assert model.input_mean.tolist() == torch.tensor([0.1, 0.2, 0.3]).tolist()
+    assert model.input_std.tolist() == [0.25] * 3 and model.input_std.dtype == torch.float32
+
+
+def test_its_refused_kernels_can_be_replayed():
+    assert replay._RECORDS["stem"] is Call

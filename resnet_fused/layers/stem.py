@@ -25,10 +25,13 @@ def as_floating(x: Tensor, conv: nn.Module | None, normalization: Normalization 
     """Images of bytes normalised, in the convolution's dtype; others as they are.
 
     Raises:
-        ValueError: they are bytes, and nobody said how they are normalised.
+        ValueError: they are bytes, and nobody said how they are normalised, or not of as many channels.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:  # torch.fx's proxies too
         return x
+    channels = len(_given(normalization).mean)
+    if x.dim() != 4 or x.shape[1] != channels:  # it would broadcast
+        raise ValueError(f"x must be [N, {channels}, H, W], got {list(x.shape)}")
     weight = getattr(conv, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
     return normalized(x, *_given(normalization), dtype)

@@ -18,6 +18,7 @@ class ImageInput(LaidOut):
     conv1: Any
     input_mean: Tensor | None
     input_std: Tensor | None
+    _input_values: tuple[list[float], list[float]] | None = None  # what the buffers hold, on whatever device
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,46 +28,54 @@ class ImageInput(LaidOut):
     def set_input_normalization(self, mean: Values, std: Values) -> None:
         """From now on images may be uint8, as decoders give them, and are (x / 255 - mean) / std inside the model.
 
-        On a GPU that happens while the first convolution reads them. Floating-point images are taken as normalised
-        already, as before. It is no part of the state_dict, nor of what torch.fx records.
+        Where the stem's kernel serves, in inference on a GPU, that happens while it reads them. Floating-point images
+        are taken as normalised already, as before, and `deploy` takes these alone. It is no part of the state_dict, nor
+        of what torch.fx records.
 
         Args:
             mean, std: of pixels between 0 and 1, one value for every channel or one for all, e.g. (0.485, 0.456, 0.406)
                 and (0.229, 0.224, 0.225).
 
         Raises:
-            ValueError: they are not that, not finite, or std is not positive.
+            ValueError: they are not that: not finite, a mean outside 0 to 1, a std that is not positive; or conv1 is no
+                convolution.
         """
-        values = [self._channel_values(name, given) for name, given in (("mean", mean), ("std", std))]
-        if not bool((values[1] > 0).all()):
+        means, stds = (self._channel_values(name, given) for name, given in (("mean", mean), ("std", std)))
+        if not all(0 <= v <= 1 for v in means):
+            raise ValueError(f"mean must be of pixels between 0 and 1, got {mean!r}")
+        if not all(v > 0 for v in stds):
             raise ValueError(f"std must be positive, got {std!r}")
-        device = next(self.parameters()).device
-        self.input_mean, self.input_std = (v.to(device, torch.float32) for v in values)
+        self._input_values = means, stds
+        self._hold_input_values(next(self.parameters()).device)
 
-    def _channel_values(self, name: str, given: Values) -> Tensor:
-        channels = self.conv1.in_channels
+    def _channel_values(self, name: str, given: Values) -> list[float]:
+        channels = getattr(self.conv1, "in_channels", None)
+        if channels is None:
+            raise ValueError(f"conv1 must be a convolution, got {type(self.conv1).__name__}")
         try:
-            values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+            values = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError):
-            values = torch.empty(0)
+            values = torch.empty(0, device="cpu")
         if values.dim() > 1 or values.numel() not in (1, channels) or not bool(values.isfinite().all()):
             raise ValueError(f"{name} must be a finite number, or {channels} of them, one a channel; got {given!r}")
-        return values.expand(channels).clone()
+        return values.expand(channels).tolist()
+
+    def _hold_input_values(self, device: torch.device) -> None:
+        assert self._input_values is not None
+        self.input_mean, self.input_std = (
+            torch.tensor(v, dtype=torch.float32, device=device) for v in self._input_values
+        )
 
     @property
     def input_normalization(self) -> Normalization | None:
-        mean, std = self.input_mean, self.input_std
+        mean, std = self._buffers.get("input_mean"), self._buffers.get("input_std")
         return None if mean is None or std is None else Normalization(mean, std)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves the numbers with the model, and leaves them float32 when the model becomes half."""
-        before = self.input_normalization
+        """The numbers come along to every device, float32 when the model becomes half, and through `to_empty`."""
         super()._apply(fn, recurse)
-        if before is not None:
-            mean, std = self._buffers["input_mean"], self._buffers["input_std"]
-            assert mean is not None and std is not None
-            if mean.dtype != torch.float32:
-                self.input_mean, self.input_std = (v.to(mean.device) for v in before)
+        if self._input_values is not None and self.input_mean is not None:
+            self._hold_input_values(self.input_mean.device)
         return self
 
 
@@ -123,7 +132,7 @@ class FeatureNet(ImageInput):
         self.channels_last = net.channels_last
         self.out_indices = tuple(sorted(set(indices)))
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
-        self.input_mean, self.input_std = net.input_mean, net.input_std
+        self.input_mean, self.input_std, self._input_values = net.input_mean, net.input_std, net._input_values
         self.feature_info = FeatureInfo()
         channels, reduction = net.conv1.out_channels, net.conv1.stride[0]
         for i in range(self.out_indices[-1] + 1):

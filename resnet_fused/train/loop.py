@@ -93,6 +93,8 @@ class _Run:
             print(line, file=sys.stderr)
         self.model.set_recompute(recompute)
         self.model.to(device)
+        if self.model.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # as the images lie
         self.forward: Callable[[Tensor], Tensor] = world.wrap(self.model)
         if compile:
             self.forward = torch.compile(self.forward)
