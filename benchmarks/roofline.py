@@ -24,6 +24,7 @@ from resnet_fused.bench import ceilings, floors
 from resnet_fused.bench.ceilings import ROUNDS, SAMPLE_MS, milliseconds
 from resnet_fused.dispatch import registry
 from resnet_fused.models import get_model
+from resnet_fused.ops.stem import flops as stem_flops
 from resnet_fused.testing import as_tuple
 
 
@@ -48,9 +49,8 @@ class Call:
 
     def flops(self, results: tuple[Tensor, ...]) -> int:
         """Two for each multiply-add of the convolution; nothing else counts."""
-        if self.op == "stem":  # its convolution's own pixels, of which a quarter is left
-            N, _, H, W = self.args[0].shape
-            return 2 * N * -(-H // 2) * -(-W // 2) * self.args[1].numel()
+        if self.op == "stem":
+            return stem_flops(self.args[0].shape, self.args[1].shape)
         return 2 * results[0].numel() * self.args[1][0].numel() if self.op == "conv_bn_act" else 0
 
 

@@ -11,13 +11,25 @@ from torch import Tensor
 from .dispatch.numerics import absolute, as_tuple, largest, limits, map_tensors, wrong
 from .ops import batch_norm_act as _batch_norm_act_op
 from .ops import conv_bn_act as _conv_bn_act_op
+from .ops import stem as _stem_op
 from .ops.batch_norm_act import reference as _bn_reference
 from .ops.conv_bn_act import out_shape
 from .ops.conv_bn_act import reference as _conv_reference
+from .ops.stem import flops as _stem_flops
+from .ops.stem import out_shape as _stem_shape
+from .ops.stem import reference as _stem_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what fused kernels serve
-OPS: dict[str, Callable[..., Any]] = {"batch_norm_act": _batch_norm_act_op, "conv_bn_act": _conv_bn_act_op}
-REFERENCES: dict[str, Callable[..., Any]] = {"batch_norm_act": _bn_reference, "conv_bn_act": _conv_reference}
+OPS: dict[str, Callable[..., Any]] = {
+    "batch_norm_act": _batch_norm_act_op,
+    "conv_bn_act": _conv_bn_act_op,
+    "stem": _stem_op,
+}
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "batch_norm_act": _bn_reference,
+    "conv_bn_act": _conv_reference,
+    "stem": _stem_reference,
+}
 LAYOUTS = ("channels_last", "contiguous", "strided")
 
 
@@ -40,9 +52,11 @@ class Case:
         """[N, K, P, Q] of the result."""
         if self.kernel is None:
             return self.shape
-        weight = torch.empty(self.weight_shape, device="meta")
+        x, weight = (torch.empty(shape, device="meta") for shape in (self.shape, self.weight_shape))
+        if self.op == "stem":
+            return _stem_shape(x, weight)
         pairs = ([self.options.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
-        return out_shape(torch.empty(self.shape, device="meta"), weight, *pairs)
+        return out_shape(x, weight, *pairs)
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -60,6 +74,8 @@ class Case:
         """Two for each multiply-add of the convolution; 0 without one."""
         if self.kernel is None:
             return 0
+        if self.op == "stem":
+            return _stem_flops(torch.Size(self.shape), torch.Size(self.weight_shape))
         return 2 * torch.Size(self.out_shape).numel() * torch.Size(self.weight_shape[1:]).numel()
 
 
@@ -109,6 +125,10 @@ CASES = [
     _conv("half", (2, 32, 6, 6), (32, 3, 3), "residual", padding=1, bn="half"),
     _conv("1-pixel", (1, 16, 1, 1), (32, 3, 3), padding=1),
     _conv("empty", (0, 16, 8, 8), (16, 3, 3), "residual", padding=1),
+    Case("stem", "stem", (2, 3, 33, 31), (64, 7, 7)),
+    Case("stem-plain-bn", "stem", (1, 1, 6, 9), (20, 7, 7), bn="plain"),
+    Case("stem-half", "stem", (2, 3, 13, 17), (24, 7, 7), bn="half"),
+    Case("stem-empty", "stem", (0, 3, 8, 8), (16, 7, 7)),
     *[
         _bn(f"resnet50-{c}x{s}{'-join' if join else ''}", (256, c, s, s), *join, large=True)
         for c, s, join in [
@@ -123,6 +143,7 @@ CASES = [
         ]
     ],
     _conv("resnet50-stem", (256, 3, 224, 224), (64, 7, 7), stride=2, padding=3, large=True),
+    Case("resnet50-stem-pooled", "stem", (256, 3, 224, 224), (64, 7, 7), large=True),
     *[
         _conv(f"resnet50-{k}-{r}x{r}-s{stride}-{c}x{s}{'-join' if join else ''}", (256, c, s, s), (k, r, r), *join, **o)
         for c, s, k, r, stride, join in [

@@ -50,7 +50,7 @@ def gradients(case, function, args, kwargs, absolute=False):
     """
     if absolute:
         args, kwargs = testing.absolute(args, kwargs)
-    constants = 2 if case.op == "conv_bn_act" else 3  # positions from here on: frozen BN vectors, or the statistics
+    constants = 2 if case.kernel else 3  # positions from here on: frozen BN vectors, or the statistics
     args, kwargs = testing.map_tensors((args, kwargs), torch.Tensor.detach)
     leaves = [a for a in args[:constants] if a is not None]
     leaves += [kwargs[k] for k in ("residual", "pre_add", "bias") if k in kwargs]
@@ -106,7 +106,7 @@ def hessian_vector_product(function, case, dtype, training=True):
         kwargs["training"] = training
     fixed = (args[-4:], kwargs.get("residual_bn", ()))
     for i, bn in enumerate(fixed):
-        for v in bn if case.op == "conv_bn_act" and i == 0 else bn[2:]:
+        for v in bn if case.kernel and i == 0 else bn[2:]:
             if v is not None:
                 v.requires_grad_(False)
     leaves = [t for t in flat(args, kwargs) if t.requires_grad]
@@ -172,6 +172,8 @@ def raw_arguments(case, dtype, layout):
     if case.op == "batch_norm_act":
         bn2 = kwargs.get("residual_bn", (None,) * 4)
         return (*args, eps, kwargs.get("residual"), *bn2, kwargs.get("pre_add"), relu, False)
+    if case.op == "stem":
+        return (*args, eps, None, None)
     pairs = [[kwargs.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
     groups, residual = kwargs.get("groups", 1), kwargs.get("residual")
     return (*args[:2], kwargs.get("bias"), *args[2:], eps, *pairs, groups, residual, relu)
@@ -180,7 +182,7 @@ def raw_arguments(case, dtype, layout):
 @pytest.mark.parametrize("case", SMALL, **ids)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(case, layout):
-    name = {"batch_norm_act": "batch_norm_act_apply", "conv_bn_act": "conv_bn_act"}[case.op]
+    name = {"batch_norm_act": "batch_norm_act_apply"}.get(case.op, case.op)
     op = getattr(torch.ops.resnet_fused, name).default
     with resnet_fused.backend("triton"):
         torch.library.opcheck(op, raw_arguments(case, torch.float32, layout))

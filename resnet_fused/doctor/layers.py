@@ -8,6 +8,9 @@ from torch import Tensor
 from .. import models
 from ..dispatch import measured, registry, speed
 from ..ops.conv_bn_act import Call, out_shape
+from ..ops.stem import Call as Stem
+from ..ops.stem import flops as stem_flops
+from ..ops.stem import out_shape as stem_shape
 
 Row = dict[str, Any]
 _GEMM, _COPY_BYTES = 8192, 2**29
@@ -50,13 +53,17 @@ def rows(device: torch.device, batch: int, size: int, limits: dict[str, float], 
     found = []
     for layer, call in calls.items():
         row = {"layer": layer, "layers": counts[layer], "us": measured(call)}
-        found.append(row | ({"floor_us": _floor(call, limits)} if isinstance(call, Call) else {}))
+        found.append(row | ({"floor_us": _floor(call, limits)} if isinstance(call, Call | Stem) else {}))
     return found
 
 
-def _floor(call: Call, limits: dict[str, float]) -> float:
-    shape = out_shape(call.x, call.weight, call.stride, call.padding, call.dilation)
-    results = torch.Size(shape).numel()
-    size = sum(t.numel() * t.element_size() for t in call if isinstance(t, Tensor)) + results * call.x.element_size()
-    flops = 2 * results * call.weight[0].numel()
+def _floor(call: Call | Stem, limits: dict[str, float]) -> float:
+    if isinstance(call, Stem):
+        results = torch.Size(stem_shape(call.x, call.weight)).numel()
+        flops = stem_flops(call.x.shape, call.weight.shape)
+    else:
+        results = torch.Size(out_shape(call.x, call.weight, call.stride, call.padding, call.dilation)).numel()
+        flops = 2 * results * call.weight[0].numel()
+    size = sum(t.numel() * t.element_size() for t in call if isinstance(t, Tensor))
+    size += results * call.weight.element_size()
     return max(size / limits["copy_gb_s"] / 1e3, flops / limits["gemm_tflop_s"] / 1e6)

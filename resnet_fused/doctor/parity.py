@@ -16,9 +16,10 @@ from ..dispatch import numerics, registry
 from ..ops.batch_norm_act.calls import ApplyCall
 from ..ops.batch_norm_act.training import BackwardCall, TrainingCall
 from ..ops.conv_bn_act import Call
+from ..ops.stem import Call as Stem
 
-CASES = ("conv-1x1-join", "conv-3x3-join", "conv-3x3-s2", "conv-7x7-s2", "conv-3x3-g32", "conv-bias", "bn-relu",
-         "bn-join", "bn-two-bn-join", "bn-pre-add", "bn-half")  # fmt: skip
+CASES = ("conv-1x1-join", "conv-3x3-join", "conv-3x3-s2", "conv-7x7-s2", "conv-3x3-g32", "conv-bias", "stem",
+         "bn-relu", "bn-join", "bn-two-bn-join", "bn-pre-add", "bn-half")  # fmt: skip
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 EPS = 1e-5
 
@@ -70,6 +71,9 @@ def _calls(case: testing.Case, dtype: torch.dtype, device: torch.device) -> list
     args, given = testing.make_inputs(case, dtype=dtype, device=device)
     relu, residual = given.get("act", "relu") == "relu", given.get("residual")
     fields: tuple[Any, ...]
+    if case.op == "stem":
+        fields = (*args, EPS, None, None)
+        return [Stem(*fields)]
     if case.op == "conv_bn_act":
         pairs = [[given.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
         fields = (*args[:2], given.get("bias"), *args[2:], EPS, *pairs, given.get("groups", 1), residual, relu)

@@ -29,9 +29,9 @@ from ...dispatch import plans, registry
 from .. import _checks
 from .._library import register
 from .._short import plain, unwatched
-from .call import SCHEMA, Call, fake, normalized, reference
+from .call import SCHEMA, Call, fake, flops, normalized, out_shape, reference
 
-__all__ = ["Call", "fuses", "normalized", "reference", "stem"]
+__all__ = ["Call", "flops", "fuses", "normalized", "out_shape", "reference", "stem"]
 
 _op = register(SCHEMA, lambda *args: dispatch.serve(Call(*args)), fake)
 registry.add_operator(Call.op)

@@ -149,6 +149,12 @@ def out_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
     return x.shape[0], weight.shape[0], p, q
 
 
+def flops(x: torch.Size, weight: torch.Size) -> int:
+    """Two for each multiply-add of the convolution, whose map has four times the result's pixels."""
+    N, _, H, W = x
+    return 2 * N * ((H + 1) // 2) * ((W + 1) // 2) * weight.numel()
+
+
 def fake(*args) -> Tensor:
     call = Call(*args)
     return call.weight.new_empty(out_shape(call.x, call.weight)).contiguous(memory_format=torch.channels_last)
