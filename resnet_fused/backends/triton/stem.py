@@ -46,7 +46,7 @@ def configs(call: "Call") -> list[Config]:
         block = {"BLOCK_Q": min(block_q, widest), "BLOCK_N": min(block_n, most), "LINES": lines}
         return block | {"num_warps": warps, "num_stages": 2}
 
-    tiles = [tile(32, 64, 8)] if tensor_cores else [tile(16, 64, 8), tile(16, 32, 4)]
+    tiles = [tile(32, 64, 8) if tensor_cores else tile(16, 16, 4)]  # what is larger spills without tensor cores
     if call.weight.dtype.itemsize == 2:  # of float32 these spill
         tiles += [tile(64, 32, 4)] if capability < (9, 0) else [tile(64, 32, 4), tile(64, 64, 8)]
     if multiprocessors == 1:  # Triton's interpreter, where a step costs the same whatever its size
