@@ -1,5 +1,6 @@
 """Whole models on the fused kernels in the interpreter: numbers, launches, tuning, folding."""
 
+import copy
 import functools
 import json
 
@@ -253,6 +254,7 @@ def test_forced_cudnn_serves_whole_models(monkeypatch, small):
     monkeypatch.setattr(cudnn, "plan_fold", lambda *args: onednn._fold)
     monkeypatch.setitem(registry._UNAVAILABLE, "cudnn", lambda *device: None)
     ours, theirs, x = small
+    ours = copy.deepcopy(ours).to(memory_format=torch.channels_last)  # as on a GPU, and as what is folded
     with resnet_fused.backend("cudnn"):
         assert_close(ours, theirs, x)
         with torch.no_grad():
