@@ -104,3 +104,11 @@ def msra():
         return fetch("resnet50-msra")
     except (FetchError, OSError) as error:
         pytest.skip(f"the MSRA weights are not in the cache and can't be fetched: {error}")
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

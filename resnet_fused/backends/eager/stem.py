@@ -6,20 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .conv_bn_act import configs, kernel_class, unsupported
+
 if TYPE_CHECKING:
     from ...ops.stem import Call
 
-
-def unsupported(call: "Call") -> None:
-    return None
-
-
-def configs(call: "Call") -> list[None]:
-    return [None]
-
-
-def kernel_class(call: "Call", config: None) -> None:
-    return None
+__all__ = ["configs", "kernel_class", "plan", "unsupported"]
 
 
 def plan(call: "Call", config: None) -> Callable[["Call"], Tensor]:
