@@ -776,7 +776,7 @@ def test_several_batches_go_on_where_they_were_cut_off(tmp_path):
         "--device",
         "cpu",
     ]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(script.parent.parent), *sys.path]))
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))  # the package that is tested here, installed or not
     for batches in (["1"], ["1", "2"]):
         command = [
             sys.executable,

@@ -230,6 +230,28 @@ def test_another_engine_gives_the_models_numbers_for_any_batch(name, dtype):
         served(F.pad(x, (8, 8, 8, 8)))
 
 
+@pytest.mark.parametrize("engine", ["pytorch", *engines.ENGINES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_of_bytes(engine, dtype):
+    if engine != "pytorch":
+        pytest.importorskip(engine, reason='needs pip install ".[peers]"')
+    model, images = drawn(resnet_fused.cifar_resnet20()).to(dtype), (60 * X + 128).clamp(0, 255).byte()
+    with pytest.raises(ValueError, match=r"dtype torch.\w+ \(or uint8, after model.set_input_normalization\), got"):
+        deploy(model, images)
+    model.set_input_normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    if engine == "onnxruntime" and dtype == torch.bfloat16:
+        return
+    served = resnet_fused.deploy(model, images, engine=engine)
+    with torch.no_grad():
+        for given in (images, images[:1]):
+            y, expected = served(given), model(given)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, expected, rtol=0, atol=64 * torch.finfo(dtype).eps ** 0.75)
+    with pytest.raises(ValueError, match="torch.uint8, on cpu as the example"):
+        served(X)
+    deploy(model, X.to(dtype))  # floating-point images are normalised already
+
+
 def test_the_fastest_engine_serves_and_a_wrong_one_is_out(monkeypatch):
     model = drawn(resnet_fused.cifar_resnet20())
     expected = model(X)

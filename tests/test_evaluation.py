@@ -110,6 +110,17 @@ def score(network: Network, views, *images: Image.Image) -> Tensor:
         return Scorer(network, views, CPU, torch.float32)(group([views.transform(image) for image in images]))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["mean of channels", "mean image"])
+def test_the_stem_takes_bytes_where_the_mean_is_of_channels(whole):
+    mean = torch.full((3, 32, 32) if whole else (3, 1, 1), 0.5)
+    network = Network("net", resnet_fused.cifar_resnet20().eval(), mean, mean / 2, None, "r")
+    seen = []
+    network.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    found, expected = score(network, SINGLE, noise(32, 32)), probabilities(network, noise(32, 32))
+    torch.testing.assert_close(found[0], expected)
+    assert seen == [torch.float32 if whole else torch.uint8, torch.float32]
+
+
 # views
 
 

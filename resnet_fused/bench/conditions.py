@@ -51,7 +51,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Of the sources that run, with a + where they were edited; None where they are no checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
         found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         edited = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True).returncode

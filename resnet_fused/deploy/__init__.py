@@ -7,6 +7,7 @@ a CUDA graph.
 """
 
 import ctypes
+import gc
 import platform
 import time
 from typing import Any, NoReturn
@@ -18,11 +19,11 @@ from .. import ops
 from ..graphs import Graphed
 from .engines import ENGINES, Run
 from .export import check, export
-from .lower import Conv, Writer, lower, same
+from .lower import Conv, Writer, computed_in, lower, same
 
 __all__ = ["Deployed", "deploy", "export"]
 
-ROUNDS = 8  # of timing
+ROUNDS, SECONDS = 8, 2.0  # of timing: at least so many, and as many more as fit
 
 
 class Deployed:
@@ -78,7 +79,8 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
 
     Args:
         model: in eval mode, of this package, torchvision, timm or your own; anything that torch.export takes.
-        example: [N, C, H, W] as it will be served, on the model's device and of its dtype.
+        example: [N, C, H, W] as it will be served, on the model's device and of its dtype; uint8 where the model
+            normalises bytes itself (`set_input_normalization`).
         engine: on the CPU "pytorch", "onnxruntime", "openvino", or "auto": the fastest on the example of those that are
             installed and give the model's numbers. On a GPU "pytorch" serves.
 
@@ -100,19 +102,23 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
     run = _adding_in_place(lower(model, example, _packed, _packed_linear)).eval()
     _keep_freed_memory()
     if engine == "pytorch" or not isinstance(model(example), Tensor):
+        _trim()
         return Deployed(run, example, "pytorch", {})
     runs, candidates = _candidates(model, example)
     runs["pytorch"] = run
     candidates |= _milliseconds(runs, example) if len(runs) > 1 else {}
     fastest = min(runs, key=lambda name: candidates.get(name, 0))
-    return Deployed(runs[fastest], example, fastest, candidates)
+    run = runs[fastest]
+    del runs
+    _trim()
+    return Deployed(run, example, fastest, candidates)
 
 
 def _by(engine: str, model: nn.Module, example: Tensor) -> Run:
     """An engine's run, which gives the model's numbers on the example."""
     with torch.inference_mode():
         run, expected = ENGINES[engine](model, example), model(example)
-        same(run(example), expected, example.dtype)
+        same(run(example), expected, computed_in(model, example))
     return run
 
 
@@ -130,9 +136,10 @@ def _candidates(model: nn.Module, example: Tensor) -> tuple[dict[str, Any], dict
 
 def _milliseconds(runs: dict[str, Any], example: Tensor) -> dict[str, float]:
     """The least of several rounds, in turn."""
-    found = dict.fromkeys(runs, float("inf"))
+    found, rounds, began = dict.fromkeys(runs, float("inf")), 0, time.perf_counter()
     with torch.inference_mode():
-        for _ in range(ROUNDS):
+        while rounds < ROUNDS or time.perf_counter() - began < SECONDS:
+            rounds += 1
             for name, run in runs.items():
                 start = time.perf_counter()
                 run(example)
@@ -146,6 +153,12 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
+
+
+def _trim() -> None:
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check(model: nn.Module, example: Tensor) -> None:
@@ -162,8 +175,11 @@ def _check(model: nn.Module, example: Tensor) -> None:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model and example must be on one device, the CPU or a CUDA device; got {found}")
     dtypes = {t.dtype for t in model.parameters()}
+    if getattr(model, "input_normalization", None) is not None:
+        dtypes -= {computed_in(model, example)} if example.dtype == torch.uint8 else set()
     if dtypes - {example.dtype}:
-        raise ValueError(f"example must have the model's dtype {next(iter(dtypes))}, got {example.dtype}")
+        bytes_too = " (or uint8, after model.set_input_normalization)" * (example.dtype == torch.uint8)
+        raise ValueError(f"example must have the model's dtype {min(dtypes, key=str)}{bytes_too}, got {example.dtype}")
 
 
 def _packed(writer: Writer, conv: Conv) -> fx.Node:

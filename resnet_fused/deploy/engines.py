@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..dispatch.registry import BackendUnavailable
 from .export import export
+from .lower import computed_in
 
 SHAPES = 4  # compiled for each, each with weights of its own
 Run = Callable[[Tensor], Tensor]
@@ -24,8 +25,8 @@ def onnxruntime(model: nn.Module, example: Tensor) -> Run:
         BackendUnavailable: a package is missing, or the device or the dtype is not served.
     """
     ort = _module("onnxruntime", example)
-    if example.dtype != torch.float32:
-        raise BackendUnavailable(f"ONNX Runtime's CPU convolutions have no {example.dtype}")
+    if (dtype := computed_in(model, example)) != torch.float32:
+        raise BackendUnavailable(f"ONNX Runtime's CPU convolutions have no {dtype}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -43,11 +44,11 @@ def openvino(model: nn.Module, example: Tensor) -> Run:
     """
     ov = _module("openvino", example)
     precisions = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-    if example.dtype not in precisions:
-        raise BackendUnavailable(f"OpenVINO has no {example.dtype}")
+    if (dtype := computed_in(model, example)) not in precisions:
+        raise BackendUnavailable(f"OpenVINO has no {dtype}")
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precisions[example.dtype],
+        "INFERENCE_PRECISION_HINT": precisions[dtype],
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = ov.Core()
@@ -62,7 +63,7 @@ def openvino(model: nn.Module, example: Tensor) -> Run:
                 del kept[next(iter(kept))]
             read.reshape(list(x.shape))
             kept[x.shape] = core.compile_model(read, "CPU", settings)
-        return torch.from_numpy(kept[x.shape](x.float().contiguous().numpy())[0]).to(x.dtype)
+        return torch.from_numpy(kept[x.shape](_wide(x).contiguous().numpy())[0]).to(dtype)
 
     return run
 
@@ -83,4 +84,8 @@ def _module(name: str, example: Tensor) -> Any:
 
 def _onnx(model: nn.Module, example: Tensor, folder: str) -> Path:
     model = copy.deepcopy(model).float()
-    return export(model, example.float().contiguous(), Path(folder) / "model.onnx")
+    return export(model, _wide(example).contiguous(), Path(folder) / "model.onnx")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x  # bytes are normalised in the model

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..models.features import ImageInput
 from ..train import data
 from .networks import Network
 from .views import Views, fully_convolutional
@@ -171,7 +172,14 @@ class Scorer:
     def __init__(self, network: Network, views: Views, device: torch.device, dtype: torch.dtype) -> None:
         model = fully_convolutional(network.model) if views.convolutional else network.model
         self._model = model.to(device).to(memory_format=torch.channels_last)  # as the images lie
-        self._prepare, self._device, self._dtype = _Normalise(network, device), device, dtype
+        self._device, self._dtype = device, dtype
+        self._prepare: Callable[[Tensor], Tensor] = _Normalise(network, device)
+        if isinstance(model, ImageInput) and network.mean.shape[1:] == (
+            1,
+            1,
+        ):  # its stem takes the bytes, a quarter of what is copied and read
+            self._model.set_input_normalization(network.mean.flatten(), network.std.flatten())
+            self._prepare = self._as_bytes
 
     def __call__(self, groups: Groups) -> Tensor:
         """Of `group` -> float64 [images, classes]."""
@@ -185,6 +193,9 @@ class Scorer:
             parts.append(logits.softmax(1, torch.float64).unflatten(0, views.shape[:2]).mean(1))
         order = torch.cat([members for _, members in groups])
         return torch.cat(parts)[order.argsort().to(self._device)]
+
+    def _as_bytes(self, x: Tensor) -> Tensor:
+        return x.to(self._device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -29,8 +29,8 @@ class ImageInput(LaidOut):
         """From now on images may be uint8, as decoders give them, and are (x / 255 - mean) / std inside the model.
 
         Where the stem's kernel serves, in inference on a GPU, that happens while it reads them. Floating-point images
-        are taken as normalised already, as before, and `deploy` takes these alone. It is no part of the state_dict, nor
-        of what torch.fx records.
+        are taken as normalised already, as before. `deploy` and `export` take either, as their example is. It is no
+        part of the state_dict, nor of what torch.fx records.
 
         Args:
             mean, std: of pixels between 0 and 1, one value for every channel or one for all, e.g. (0.485, 0.456, 0.406)
