@@ -45,6 +45,25 @@ def inference(paths: list[Path]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def peers(paths: list[Path]) -> str:
+    """Of several `resnet-fused bench --json` with the same variants: img/s and the ratio, a column for each file."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    results = [{r["variant"]: r for r in report["results"] if r["samples_ms"]} for report in reports]
+    c, baseline = reports[0]["conditions"], reports[0]["baseline"]
+    spread = max(r["spread"] for found in results for r in found.values())
+    cells = [{name: f"{r['img_per_s']:.1f} ({r['ratio']:.2f})" for name, r in found.items()} for found in results]
+    rows = [(name, *(column.get(name, "-") for column in cells)) for name in results[0]]
+    machine = f"{c['threads']} threads of {c['device'].removeprefix('CPU ')}, torch {c['torch']}"
+    lines = [
+        f"{machine}, {reports[0]['dtype']}: img/s by model and batch, in brackets against {baseline}; medians of "
+        "interleaved rounds, `resnet-fused bench --device cpu --model MODEL --batch BATCH`. "
+        f"The machine is shared: times spread by up to {spread:.0%} between the quartiles.",
+        "",
+        *_table(("variant", *(f"{report['model']}, {report['batch']}" for report in reports)), rows),
+    ]
+    return "\n".join(lines)
+
+
 def traffic(paths: list[Path]) -> str:
     """Of `resnet-fused bench --suite traffic` or `memory`: MB and launches, or MiB saved and at the peak."""
     rows: list[tuple[str, ...]] = []
@@ -69,7 +88,12 @@ def errors(paths: list[Path]) -> str:
     return "\n".join(_table(("network", "iterations", "test error"), rows))
 
 
-KINDS: dict[str, Callable[[list[Path]], str]] = {"inference": inference, "traffic": traffic, "errors": errors}
+KINDS: dict[str, Callable[[list[Path]], str]] = {
+    "inference": inference,
+    "peers": peers,
+    "traffic": traffic,
+    "errors": errors,
+}
 
 
 def written(text: str, root: Path = ROOT) -> str:

@@ -113,7 +113,7 @@ def score(network: Network, views, *images: Image.Image) -> Tensor:
 @pytest.mark.parametrize("whole", [False, True], ids=["mean of channels", "mean image"])
 def test_the_stem_takes_bytes_where_the_mean_is_of_channels(whole):
     mean = torch.full((3, 32, 32) if whole else (3, 1, 1), 0.5)
-    network = Network("net", resnet_fused.cifar_resnet20().eval(), mean, mean / 2, None, "r")
+    network = Network("net", models.cifar_resnet20().eval(), mean, mean / 2, None, "r")
     seen = []
     network.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     found, expected = score(network, SINGLE, noise(32, 32)), probabilities(network, noise(32, 32))

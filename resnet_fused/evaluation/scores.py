@@ -174,10 +174,7 @@ class Scorer:
         self._model = model.to(device).to(memory_format=torch.channels_last)  # as the images lie
         self._device, self._dtype = device, dtype
         self._prepare: Callable[[Tensor], Tensor] = _Normalise(network, device)
-        if isinstance(model, ImageInput) and network.mean.shape[1:] == (
-            1,
-            1,
-        ):  # its stem takes the bytes, a quarter of what is copied and read
+        if isinstance(model, ImageInput) and network.mean[0].numel() == 1:  # bytes: a quarter to copy and to read
             self._model.set_input_normalization(network.mean.flatten(), network.std.flatten())
             self._prepare = self._as_bytes
 
