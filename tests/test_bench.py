@@ -197,6 +197,19 @@ def test_bfloat16_is_held_to_torchvisions_own_error(timed):
 TRAINING = SMALL | dict(image_size=33, suite="training")
 
 
+def test_images_of_bytes(timed, monkeypatch):
+    variants = ["torchvision-nchw", "torchvision-nhwc", "resnet_fused", "resnet_fused-onednn"]
+    report = bench.run(variants=variants, of_bytes=True, **SMALL)
+    assert report.ok and timed == variants and by_name(report)["resnet_fused"].bit_identical
+    assert "2 x 3 x 64 x 64 bytes, float32" in report.table()
+    normalise = models.ResNet.set_input_normalization
+    monkeypatch.setattr(models.ResNet, "set_input_normalization", lambda self, mean, std: normalise(self, std, std))
+    assert by_name(bench.run(variants=variants, of_bytes=True, **SMALL))["resnet_fused"].status == "refused"
+    for wrong in ({"fuse": True}, {"suite": "training"}):
+        with pytest.raises(ValueError, match="of_bytes goes with the suite inference, and not with fuse"):
+            bench.run(of_bytes=True, **SMALL, **wrong)
+
+
 def test_train_step_has_torchvisions_bits_and_is_timed(tmp_path, capsys):
     pytest.importorskip("torchvision")
     path = tmp_path / "report.json"

@@ -18,10 +18,27 @@ from .. import models
 from ..deploy import Deployed
 from ..dispatch import registry
 from ..explain import explain
+from ..models.features import ImageInput
+from ..ops.stem import normalized
 from .others import Fused, Originals
 from .report import Result
 from .timing import peak_mib
 from .variants import COMPILED, DEPLOY, GRAPHED, INFERENCE_ONLY, TORCHVISION, TRAINING_ONLY, is_ours, made
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std, torchvision's
+
+
+class _Normalising(nn.Module):
+    """Another's model behind the normalisation of its images of bytes."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.values = [torch.tensor(v, device=next(net.parameters()).device) for v in IMAGENET]
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.values
+        return self.net(normalized(x, mean, std, next(self.net.parameters()).dtype))
 
 
 class Case(abc.ABC):
@@ -68,13 +85,18 @@ class Case(abc.ABC):
         image_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        of_bytes: bool = False,
     ) -> None:
+        self.of_bytes = of_bytes
         self.torchvision, self.model, self.dtype, self.device = torchvision, model, dtype, device
         self.compiles = False
         self.ours = Fused(torchvision) if isinstance(torchvision, Originals) else models
         self.state = _realistic_state(torchvision, model, image_size)
-        images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        images = images.to(device, self.stored)
+        shape, generator = (batch, 3, image_size, image_size), torch.Generator().manual_seed(0)
+        if of_bytes:
+            images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+        else:
+            images = torch.randn(shape, generator=generator).to(device, self.stored)
         self.inputs = {"nchw": images, "nhwc": images.contiguous(memory_format=torch.channels_last)}
         with self.grad_mode():
             self.expected = self._exact()
@@ -129,7 +151,10 @@ class Case(abc.ABC):
         net = library.get_model(self.model, weights=None, **options)
         net.load_state_dict(self.state)
         net = net.train(self.trains).to(self.device, self.stored)
-        return net if name == TORCHVISION[0] else net.to(memory_format=torch.channels_last)
+        net = net if name == TORCHVISION[0] else net.to(memory_format=torch.channels_last)
+        if self.of_bytes and isinstance(net, ImageInput):
+            net.set_input_normalization(*IMAGENET)
+        return net if not self.of_bytes or isinstance(net, ImageInput) else _Normalising(net).train(self.trains)
 
 
 class Inference(Case):
@@ -150,7 +175,8 @@ class Inference(Case):
     def _exact(self) -> list[Tensor]:
         oracle = self._build("torchvision-nchw").double()
         # float64 activations are large: 16 images at a time
-        return [torch.cat([oracle(chunk.double()) for chunk in self.inputs["nchw"].split(16)])]
+        chunks = (x if self.of_bytes else x.double() for x in self.inputs["nchw"].split(16))
+        return [torch.cat([oracle(chunk) for chunk in chunks])]
 
     def _error(self, found: list[Tensor]) -> float:
         return _max_abs(found[0].double() - self.expected[0])

@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=int, default=224, help="height and width; default: %(default)s")
     parser.add_argument(
+        "--bytes",
+        action="store_true",
+        help="with --suite inference: images are uint8, normalised inside the model, or in front of torchvision's; "
+        "default: they are normalised already",
+    )
+    parser.add_argument(
         "--fit",
         type=fit.memory,
         metavar="MEMORY",
@@ -162,6 +168,7 @@ def _models(args: argparse.Namespace) -> int:
         baseline=args.baseline,
         rounds=args.rounds,
         image_size=args.image_size,
+        of_bytes=args.bytes,
         track=progress,
     )
     print(report.table())

@@ -34,6 +34,7 @@ def run(
     baseline: str | None = None,
     rounds: int | None = None,
     image_size: int = 224,
+    of_bytes: bool = False,
     track: Track = silent,
 ) -> Report:
     """Check and time one model's inference, or its train step, in several variants.
@@ -57,6 +58,8 @@ def run(
             "original-nhwc"), without it the first.
         rounds: how often every variant is timed; by default 10, or 3 to 9 where 10 would take longer than 40 s.
         image_size: height and width of the images.
+        of_bytes: they are uint8 on the device, normalised by the model where it can, else in front of it; inference
+            without `fuse`.
         track: wraps the loops, for instance `progress`.
 
     Raises:
@@ -77,13 +80,16 @@ def run(
     check(None if fuse else model, dtype, batch, image_size, rounds)
     _one_of("variants", names, shown.values())
     _one_of("baseline", [baseline], names)
+    if of_bytes and (fuse or suite != "inference"):
+        raise ValueError("of_bytes goes with the suite inference, and not with fuse")
     report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target), task=suite)
+    report.of_bytes = of_bytes
     report.reference, report.rounds, report.asked = shown[BASELINE], rounds or ROUNDS, variants is not None
     with torch.cuda.device(target) if on_gpu else contextlib.nullcontext(), _cudnn_benchmark():
         library = Originals(torchvision()) if fuse else torchvision()
         if fuse:
             library.check(model)
-        case = SUITES[suite](library, model, batch, image_size, DTYPES[dtype], target)
+        case = SUITES[suite](library, model, batch, image_size, DTYPES[dtype], target, of_bytes)
         calls = {}
         for name in track(list(dict.fromkeys(names)), "checking"):
             result, call = case.prepare(next(own for own, given in shown.items() if given == name))

@@ -56,6 +56,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
     task: str = "inference"  # the suite
     reference: str = "torchvision-nhwc"  # whose bits are looked for
+    of_bytes: bool = False  # the images
     rounds: int = ROUNDS  # that were meant to be
     asked: bool = False  # for these variants, by name
     after: dict[str, Any] = field(default_factory=dict)  # clocks and temperature at the end, as in conditions["gpu"]
@@ -107,8 +108,9 @@ class Report:
     def table(self) -> str:
         """A line for each variant, medians over the rounds and quartiles; 80 columns."""
         c = self.conditions
+        images = f"{self.batch} x 3 x {self.image_size} x {self.image_size}{' bytes' * self.of_bytes}"
         head = (
-            f"{self.model} {self.task}, {self.batch} x 3 x {self.image_size} x {self.image_size}, {self.dtype}, "
+            f"{self.model} {self.task}, {images}, {self.dtype}, "
             f"{c['device']}, {c['threads']} threads, load {c['load']:.1f}, torch {c['torch']}"
         )
         rows: list[tuple[str, ...]] = [("variant", "img/s", "ms", "quartiles", "ratio", "quartiles", "MiB", "parity")]
