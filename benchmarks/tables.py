@@ -56,7 +56,7 @@ def peers(paths: list[Path]) -> str:
     machine = f"{c['threads']} threads of {c['device'].removeprefix('CPU ')}, torch {c['torch']}"
     lines = [
         f"{machine}, {reports[0]['dtype']}: img/s by model and batch, in brackets against {baseline}; medians of "
-        "interleaved rounds, `resnet-fused bench --device cpu --model MODEL --batch BATCH`. "
+        "interleaved rounds, `resnet-fused bench --device cpu --model resnet50 --batch 1` and so on. "
         f"The machine is shared: times spread by up to {spread:.0%} between the quartiles.",
         "",
         *_table(("variant", *(f"{report['model']}, {report['batch']}" for report in reports)), rows),

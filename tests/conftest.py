@@ -3,6 +3,8 @@
 The switches have to be set before torch and Triton are imported. Each worker takes its share of the cores.
 """
 
+import contextlib
+import dataclasses
 import os
 import sys
 import zlib
@@ -25,6 +27,12 @@ torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(
+        ImportError
+    ):  # half of its time goes into overflow checks that say nothing without debug=True
+        from triton.runtime.interpreter import interpreter_builder
+
+        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
 
 import resnet_fused  # noqa: E402
 from resnet_fused.fetch import FetchError, fetch  # noqa: E402

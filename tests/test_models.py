@@ -61,7 +61,8 @@ def test_bits_are_torchvisions(name):
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
     assert all(p.stride() == q.stride() for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
     x = torch.randn(2, 3, 33, 35)
-    for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, CHANNELS_LAST)):
+    halves = name in ("resnet18", "resnet50", "resnext50_32x4d")  # one of each block: the others only have more of them
+    for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, CHANNELS_LAST))[: 1 + halves]:
         ours.to(dtype), theirs.to(dtype)
         for mode in (True, False):
             assert_same_bits(ours, theirs, x.to(dtype, memory_format=layout), mode)

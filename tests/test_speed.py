@@ -113,7 +113,7 @@ def test_timing_leaves_arguments_and_running_statistics_alone(clock, extra):
 
 def test_image_sizes_are_few_classes(clock):
     with torch.no_grad():
-        for size in range(33, 46):
+        for size in (33, 34, 39, 45):
             conv(image(1, 8, size, size))
     assert len(clock.asked) == 1  # 1,089 to 2,025 rows
     with torch.no_grad():
