@@ -609,6 +609,20 @@ sys.exit(pytest.main([{str(folder)!r}, *options]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same program runs on the GPU with make gpu")
+def test_the_gate_names_what_became_slower(monkeypatch, capsys):
+    gate = pytest.importorskip("gate")
+    assert gate.slower({gate.BASELINE: 10.0} | dict.fromkeys(gate.LEAST, 9.0)) == []
+    (line,) = gate.slower({gate.BASELINE: 10.0} | dict.fromkeys(gate.LEAST, 9.0) | {"resnet_fused": 20.0})
+    assert line == "resnet_fused: 0.50x of torchvision-nhwc, at least 0.85x"
+    results = [bench.Result(name, "nhwc", samples_ms=[1.0]) for name in (gate.BASELINE, *gate.LEAST)]
+    results[1].status, results[1].reason = "refused", "error 1"
+    report = types.SimpleNamespace(results=results, table=lambda: "")
+    monkeypatch.setattr(gate.bench, "run", lambda *args, **kwargs: report)
+    assert gate.main([]) == 1 and "<- resnet_fused refused: error 1" in capsys.readouterr().out
+    results[1].status = "measured"
+    assert gate.main([]) == 0
+
+
 def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
     folder = Path(__file__).parent.parent / "benchmarks"
     if not folder.is_dir():
