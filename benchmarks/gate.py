@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     report = bench.run("resnet18", 4, "float32", "cpu", [BASELINE, *LEAST], image_size=96, rounds=args.rounds)
     print(report.table())
     wrong = [f"{r.variant} {r.status}: {r.reason}" for r in report.results if r.status != "measured"]
-    wrong += [] if wrong else slower({r.variant: min(r.samples_ms) for r in report.results})
+    wrong = wrong or slower({r.variant: min(r.samples_ms) for r in report.results})
     print(*(f"<- {line}" for line in wrong), sep="\n")
     return 1 if wrong else 0
 

@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DEPLOY = "resnet_fused+deploy"
 MARKED = re.compile(r"(<!-- generated: (\w+) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -46,18 +47,27 @@ def inference(paths: list[Path]) -> str:
 
 
 def peers(paths: list[Path]) -> str:
-    """Of several `resnet-fused bench --json` with the same variants: img/s and the ratio, a column for each file."""
+    """Of several `resnet-fused bench --json` on one machine: img/s and the ratio, a column for each file."""
     reports = [json.loads(path.read_text()) for path in paths]
+    baselines, dtypes = ({report[key] for report in reports} for key in ("baseline", "dtype"))
+    machines = {tuple(report["conditions"][k] for k in ("threads", "device", "torch", "commit")) for report in reports}
+    if any(len(found) > 1 for found in (baselines, dtypes, machines)):
+        raise ValueError(f"results of one machine, commit, dtype and baseline make a table, got {machines}")
+    [(threads, device, torch, _)], [baseline], [dtype] = machines, baselines, dtypes
     results = [{r["variant"]: r for r in report["results"] if r["samples_ms"]} for report in reports]
-    c, baseline = reports[0]["conditions"], reports[0]["baseline"]
-    spread = max(r["spread"] for found in results for r in found.values())
     cells = [{name: f"{r['img_per_s']:.1f} ({r['ratio']:.2f})" for name, r in found.items()} for found in results]
-    rows = [(name, *(column.get(name, "-") for column in cells)) for name in results[0]]
-    machine = f"{c['threads']} threads of {c['device'].removeprefix('CPU ')}, torch {c['torch']}"
+    names = list(dict.fromkeys(name for found in results for name in found))
+    rows = [(name, *(column.get(name, "-") for column in cells)) for name in names]
+    engines = [next(iter(found[DEPLOY]["ran"]), "").removeprefix("engine ") for found in results if DEPLOY in found]
+    if any(engines):
+        rows += [(f"the engine that `{DEPLOY}` took", *engines)]
+    rounds = sorted({len(r["samples_ms"]) for found in results for r in found.values()})
+    spread = max(r["spread"] for found in results for r in found.values())
     lines = [
-        f"{machine}, {reports[0]['dtype']}: img/s by model and batch, in brackets against {baseline}; medians of "
-        "interleaved rounds, `resnet-fused bench --device cpu --model resnet50 --batch 1` and so on. "
-        f"The machine is shared: times spread by up to {spread:.0%} between the quartiles.",
+        f"{threads} threads of {device.removeprefix('CPU ')}, torch {torch}, {dtype}: img/s by model and batch, in "
+        f"brackets against {baseline}; medians of {rounds[0]} to {rounds[-1]} interleaved rounds, `resnet-fused bench "
+        f"--device cpu --model resnet50 --batch 1` and so on. The machine is shared: times spread by up to {spread:.0%} "
+        "between the quartiles.",
         "",
         *_table(("variant", *(f"{report['model']}, {report['batch']}" for report in reports)), rows),
     ]

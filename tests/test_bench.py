@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -205,9 +206,11 @@ def test_images_of_bytes(timed, monkeypatch):
     normalise = models.ResNet.set_input_normalization
     monkeypatch.setattr(models.ResNet, "set_input_normalization", lambda self, mean, std: normalise(self, std, std))
     assert by_name(bench.run(variants=variants, of_bytes=True, **SMALL))["resnet_fused"].status == "refused"
-    for wrong in ({"fuse": True}, {"suite": "training"}):
-        with pytest.raises(ValueError, match="of_bytes goes with the suite inference, and not with fuse"):
+    for wrong, given in (({"fuse": True}, "'inference', fuse True"), ({"suite": "training"}, "'training', fuse False")):
+        with pytest.raises(ValueError, match=f"inference and without fuse, got suite {given}"):
             bench.run(of_bytes=True, **SMALL, **wrong)
+    with pytest.raises(ValueError, match="--bytes goes with --suite inference and without --fuse, got --suite ops"):
+        run_command("--bytes", "--suite", "ops")
 
 
 def test_train_step_has_torchvisions_bits_and_is_timed(tmp_path, capsys):
@@ -608,8 +611,7 @@ sys.exit(pytest.main([{str(folder)!r}, *options]))
     assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["microseconds"] / 1e3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the same program runs on the GPU with make gpu")
-def test_the_gate_names_what_became_slower(monkeypatch, capsys):
+def test_the_gate_names_what_became_slower(monkeypatch, capsys, one_thread):
     gate = pytest.importorskip("gate")
     assert gate.slower({gate.BASELINE: 10.0} | dict.fromkeys(gate.LEAST, 9.0)) == []
     (line,) = gate.slower({gate.BASELINE: 10.0} | dict.fromkeys(gate.LEAST, 9.0) | {"resnet_fused": 20.0})
@@ -617,12 +619,13 @@ def test_the_gate_names_what_became_slower(monkeypatch, capsys):
     results = [bench.Result(name, "nhwc", samples_ms=[1.0]) for name in (gate.BASELINE, *gate.LEAST)]
     results[1].status, results[1].reason = "refused", "error 1"
     report = types.SimpleNamespace(results=results, table=lambda: "")
-    monkeypatch.setattr(gate.bench, "run", lambda *args, **kwargs: report)
+    monkeypatch.setattr(gate.bench, "run", create_autospec(bench.run, return_value=report))
     assert gate.main([]) == 1 and "<- resnet_fused refused: error 1" in capsys.readouterr().out
     results[1].status = "measured"
     assert gate.main([]) == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same program runs on the GPU with make gpu")
 def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
     folder = Path(__file__).parent.parent / "benchmarks"
     if not folder.is_dir():

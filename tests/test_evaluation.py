@@ -110,15 +110,22 @@ def score(network: Network, views, *images: Image.Image) -> Tensor:
         return Scorer(network, views, CPU, torch.float32)(group([views.transform(image) for image in images]))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["mean of channels", "mean image"])
-def test_the_stem_takes_bytes_where_the_mean_is_of_channels(whole):
-    mean = torch.full((3, 32, 32) if whole else (3, 1, 1), 0.5)
-    network = Network("net", models.cifar_resnet20().eval(), mean, mean / 2, None, "r")
+def test_the_stem_takes_bytes_where_that_is_the_networks_normalisation():
+    mean, model = torch.full((3, 1, 1), 0.5), models.cifar_resnet20().eval()
+    model.set_input_normalization(0.5, 0.25)
     seen = []
-    network.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    found, expected = score(network, SINGLE, noise(32, 32)), probabilities(network, noise(32, 32))
-    torch.testing.assert_close(found[0], expected)
-    assert seen == [torch.float32 if whole else torch.uint8, torch.float32]
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    for shape, std, dtype in (
+        ((3, 1, 1), 0.25, torch.uint8),
+        ((3, 1, 1), 0.5, torch.float32),  # another network with the same model
+        ((3, 32, 32), 0.25, torch.float32),
+    ):
+        network = Network("net", model, mean.expand(shape), torch.full(shape, std), None, "r")
+        found, expected = score(network, SINGLE, noise(32, 32)), probabilities(network, noise(32, 32))
+        torch.testing.assert_close(found[0], expected)
+        assert seen == [dtype, torch.float32]
+        seen.clear()
+    assert model.input_mean.tolist() == [0.5] * 3 and model.input_std.tolist() == [0.25] * 3
 
 
 # views

@@ -152,9 +152,12 @@ class Case(abc.ABC):
         net.load_state_dict(self.state)
         net = net.train(self.trains).to(self.device, self.stored)
         net = net if name == TORCHVISION[0] else net.to(memory_format=torch.channels_last)
-        if self.of_bytes and isinstance(net, ImageInput):
-            net.set_input_normalization(*IMAGENET)
-        return net if not self.of_bytes or isinstance(net, ImageInput) else _Normalising(net).train(self.trains)
+        if not self.of_bytes:
+            return net
+        if not isinstance(net, ImageInput):
+            return _Normalising(net).train(self.trains)
+        net.set_input_normalization(*IMAGENET)
+        return net
 
 
 class Inference(Case):

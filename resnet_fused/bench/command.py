@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--suite: unknown {args.suite!r}; there are: {', '.join(SUITES)}")
     if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         raise ValueError(f"--json {args.json}: can't write into the folder {args.json.parent}")
+    if args.bytes and (args.suite != "inference" or args.fuse):
+        raise ValueError(f"--bytes goes with --suite inference and without --fuse, got --suite {args.suite}")
     _, suite = SUITES[args.suite]
     return suite(args)
 

@@ -81,7 +81,7 @@ def run(
     _one_of("variants", names, shown.values())
     _one_of("baseline", [baseline], names)
     if of_bytes and (fuse or suite != "inference"):
-        raise ValueError("of_bytes goes with the suite inference, and not with fuse")
+        raise ValueError(f"of_bytes goes with the suite inference and without fuse, got suite {suite!r}, fuse {fuse}")
     report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target), task=suite)
     report.of_bytes = of_bytes
     report.reference, report.rounds, report.asked = shown[BASELINE], rounds or ROUNDS, variants is not None

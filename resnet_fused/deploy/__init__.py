@@ -84,6 +84,8 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
         engine: on the CPU "pytorch", "onnxruntime", "openvino", or "auto": the fastest on the example of those that are
             installed and give the model's numbers. On a GPU "pytorch" serves.
 
+    On the CPU timing several engines takes two seconds or more; from then on the process keeps memory that it frees.
+
     Returns:
         A callable that gives the model's results within rounding; BN is folded in float64.
 
@@ -95,23 +97,27 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
     if engine not in ("auto", "pytorch", *ENGINES):
         raise ValueError(f"engine must be one of auto, pytorch, {', '.join(ENGINES)}; got {engine!r}")
     _check(model, example)
-    if engine in ENGINES:
-        return Deployed(_by(engine, model, example), example, engine, {})
-    if example.is_cuda:
+    if example.is_cuda and engine not in ENGINES:
         return Deployed(lower(model, example, _fused, _linear).eval(), example, "pytorch", {})
+    run, name, candidates = _made(engine, model, example)
+    _give_back()
+    return Deployed(run, example, name, candidates)
+
+
+def _made(engine: str, model: nn.Module, example: Tensor) -> tuple[Any, str, dict[str, float | str]]:
+    """On the CPU: what runs, its engine, and `Deployed.candidates`."""
+    if engine in ENGINES:
+        return _by(engine, model, example), engine, {}
     run = _adding_in_place(lower(model, example, _packed, _packed_linear)).eval()
-    _keep_freed_memory()
+    _libc("mallopt", -4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+    _libc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back; fresh pages cost a fifth of a pass
     if engine == "pytorch" or not isinstance(model(example), Tensor):
-        _trim()
-        return Deployed(run, example, "pytorch", {})
+        return run, "pytorch", {}
     runs, candidates = _candidates(model, example)
     runs["pytorch"] = run
     candidates |= _milliseconds(runs, example) if len(runs) > 1 else {}
     fastest = min(runs, key=lambda name: candidates.get(name, 0))
-    run = runs[fastest]
-    del runs
-    _trim()
-    return Deployed(run, example, fastest, candidates)
+    return runs[fastest], fastest, candidates
 
 
 def _by(engine: str, model: nn.Module, example: Tensor) -> Run:
@@ -147,18 +153,16 @@ def _milliseconds(runs: dict[str, Any], example: Tensor) -> dict[str, float]:
     return found
 
 
-def _keep_freed_memory() -> None:
-    """Activations come from memory that the process has: fresh pages cost up to a fifth of a pass. glibc only."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
-
-
-def _trim() -> None:
+def _give_back() -> None:
+    """What making the snapshot took, the losing engines among it."""
     gc.collect()
+    _libc("malloc_trim", 0)
+
+
+def _libc(function: str, *numbers: int) -> None:
+    """A call of glibc's; nothing elsewhere."""
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def _check(model: nn.Module, example: Tensor) -> None:
@@ -175,11 +179,15 @@ def _check(model: nn.Module, example: Tensor) -> None:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model and example must be on one device, the CPU or a CUDA device; got {found}")
     dtypes = {t.dtype for t in model.parameters()}
-    if getattr(model, "input_normalization", None) is not None:
-        dtypes -= {computed_in(model, example)} if example.dtype == torch.uint8 else set()
-    if dtypes - {example.dtype}:
-        bytes_too = " (or uint8, after model.set_input_normalization)" * (example.dtype == torch.uint8)
-        raise ValueError(f"example must have the model's dtype {min(dtypes, key=str)}{bytes_too}, got {example.dtype}")
+    if example.dtype == torch.uint8:
+        try:
+            with torch.inference_mode():
+                model(example)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"example is of torch.uint8, which model does not take: {reason}") from None
+    elif wrong := sorted(map(str, dtypes - {example.dtype})):
+        raise ValueError(f"example must have the model's dtype {wrong[0]}, got {example.dtype}")
 
 
 def _packed(writer: Writer, conv: Conv) -> fx.Node:

@@ -79,7 +79,8 @@ def lower(model: nn.Module, example: Tensor, emit: Emit, linear: Linear) -> fx.G
 
 def computed_in(model: nn.Module, example: Tensor) -> torch.dtype:
     """The dtype of the model's numbers: its parameters', for images may be of bytes."""
-    return next((p.dtype for p in model.parameters()), example.dtype)
+    own = example.dtype if example.is_floating_point() else torch.float32
+    return next((p.dtype for p in model.parameters()), own)
 
 
 def same(found: Any, expected: Any, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """A trained network with what its images have to go through and what its outputs stand for."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -71,9 +72,10 @@ class Network(NamedTuple):
             how = {"resize": preset.resize_size[0], "crop": preset.crop_size[0]}
             mean, std = (torch.tensor(v)[:, None, None] for v in (preset.mean, preset.std))
             classes = tuple(published.meta["categories"])
-            return cls(shown, model, mean, std, classes, "imagenet", **how, model_name=name)
+            return cls(shown, _of_bytes(model, mean, std), mean, std, classes, "imagenet", **how, model_name=name)
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return cls(shown, model, mean, std, _imagenet(model.fc.out_features), "imagenet", model_name=name)
+        model, imagenet = _of_bytes(model, mean, std), _imagenet(model.fc.out_features)
+        return cls(shown, model, mean, std, imagenet, "imagenet", model_name=name)
 
     @classmethod
     def from_argument(cls, text: str) -> "Network":
@@ -93,7 +95,14 @@ class Network(NamedTuple):
         size = None if meta["crop"] else mean.shape[-1] if mean.shape[-1] > 1 else image_size(config["data"])
         known = mean, meta["std"], tuple(meta["classes"]), config["recipe"], config["data"]
         how = {"resize": meta["resize"], "crop": meta["crop"], "size": size, "model_name": meta["model"]}
-        return cls(name, model, *known, **how)
+        return cls(name, _of_bytes(model, mean, meta["std"]), *known, **how)
+
+    def takes_bytes(self) -> bool:
+        """Whether the model normalises images of bytes itself, and as this network's are."""
+        own = getattr(self.model, "input_normalization", None)
+        return own is not None and all(
+            torch.equal(a.cpu(), b.flatten().cpu()) for a, b in zip(own, (self.mean, self.std), strict=True)
+        )
 
     def views(self) -> Views:
         """What it is shown of a photograph: the centre that it was evaluated on, or the whole, in its own size.
@@ -141,6 +150,14 @@ def _guess(source: Source) -> str:
         return "resnet50"
     found = (describe(source.state_dict(False)) or "").partition(" ")[0]
     return found if found in models.list_models() else "resnet50"
+
+
+def _of_bytes(model: models.ResNet, mean: Tensor, std: Tensor) -> models.ResNet:
+    """The model, whose stem takes bytes where mean and std are of channels: fewer to read, and no pass of its own."""
+    if mean.shape[1:] == std.shape[1:] == (1, 1):
+        with contextlib.suppress(ValueError):  # a mean outside 0 to 1: normalised in front of the model
+            model.set_input_normalization(mean.flatten(), std.flatten())
+    return model
 
 
 def _imagenet(outputs: int) -> tuple[str, ...] | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..models.features import ImageInput
 from ..train import data
 from .networks import Network
 from .views import Views, fully_convolutional
@@ -173,10 +172,7 @@ class Scorer:
         model = fully_convolutional(network.model) if views.convolutional else network.model
         self._model = model.to(device).to(memory_format=torch.channels_last)  # as the images lie
         self._device, self._dtype = device, dtype
-        self._prepare: Callable[[Tensor], Tensor] = _Normalise(network, device)
-        if isinstance(model, ImageInput) and network.mean[0].numel() == 1:  # bytes: a quarter to copy and to read
-            self._model.set_input_normalization(network.mean.flatten(), network.std.flatten())
-            self._prepare = self._as_bytes
+        self._prepare = self._as_bytes if network.takes_bytes() else _Normalise(network, device)
 
     def __call__(self, groups: Groups) -> Tensor:
         """Of `group` -> float64 [images, classes]."""

@@ -31,7 +31,8 @@ class Entry:
         batch = f"batch {d['batch']}" if d.get("batch") else ""
         dtype = d.get("dtype") or ", ".join(d.get("dtypes", []))
         model = d["model"] if isinstance(d.get("model"), str) else ""
-        return ", ".join(part for part in (f"{model} {self.task}".strip(), batch, dtype) if part)
+        images = "bytes" if d.get("of_bytes") else ""
+        return ", ".join(part for part in (f"{model} {self.task}".strip(), batch, images, dtype) if part)
 
     @property
     def caption(self) -> str:
