@@ -66,8 +66,8 @@ def peers(paths: list[Path]) -> str:
     lines = [
         f"{threads} threads of {device.removeprefix('CPU ')}, torch {torch}, {dtype}: img/s by model and batch, in "
         f"brackets against {baseline}; medians of {rounds[0]} to {rounds[-1]} interleaved rounds, `resnet-fused bench "
-        f"--device cpu --model resnet50 --batch 1` and so on. The machine is shared: times spread by up to {spread:.0%} "
-        "between the quartiles.",
+        "--device cpu --model resnet50 --batch 1` and so on. The machine is shared: times spread by up to "
+        f"{spread:.0%} between the quartiles.",
         "",
         *_table(("variant", *(f"{report['model']}, {report['batch']}" for report in reports)), rows),
     ]

@@ -253,7 +253,7 @@ def test_images_of_bytes(engine, dtype):
         for given in (images, images[:1]):
             y, expected = served(given), model(given)
             assert y.dtype == dtype
-            torch.testing.assert_close(y, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
     with pytest.raises(ValueError, match="torch.uint8, on cpu as the example"):
         served(X)
     deploy(model, X.to(dtype))  # floating-point images are normalised already
