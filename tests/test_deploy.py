@@ -243,7 +243,7 @@ def test_images_of_bytes(engine, dtype):
         with pytest.raises(ValueError, match="example is of torch.uint8, which model does not take: "):
             deploy(plain, images)
     model.set_input_normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    model = nn.Sequential(model, nn.Softmax(1)).eval()
+    model = nn.Sequential(model, nn.Flatten()).eval()
     if engine == "onnxruntime" and dtype == torch.bfloat16:
         with pytest.raises(resnet_fused.BackendUnavailable, match="have no torch.bfloat16"):
             resnet_fused.deploy(model, images, engine=engine)
@@ -253,7 +253,7 @@ def test_images_of_bytes(engine, dtype):
         for given in (images, images[:1]):
             y, expected = served(given), model(given)
             assert y.dtype == dtype
-            torch.testing.assert_close(y, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.8)
     with pytest.raises(ValueError, match="torch.uint8, on cpu as the example"):
         served(X)
     deploy(model, X.to(dtype))  # floating-point images are normalised already
