@@ -24,8 +24,8 @@ os.environ.setdefault("RESNET_FUSED_CALIBRATE", "off")  # one choice everywhere;
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# The same examples everywhere, others by --hypothesis-profile=default: the budget is twice the error that PyTorch makes on
-# the same tensors, and who draws long enough finds some on which it made hardly any.
+# The same examples everywhere, others by --hypothesis-profile=default: the budget is twice PyTorch's own error on the
+# same tensors, and who draws long enough finds some on which it made hardly any.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
