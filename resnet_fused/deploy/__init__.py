@@ -7,7 +7,6 @@ a CUDA graph.
 """
 
 import ctypes
-import gc
 import platform
 import time
 from typing import Any, NoReturn
@@ -100,7 +99,6 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
     if example.is_cuda and engine not in ENGINES:
         return Deployed(lower(model, example, _fused, _linear).eval(), example, "pytorch", {})
     run, name, candidates = _made(engine, model, example)
-    _give_back()
     return Deployed(run, example, name, candidates)
 
 
@@ -109,8 +107,7 @@ def _made(engine: str, model: nn.Module, example: Tensor) -> tuple[Any, str, dic
     if engine in ENGINES:
         return _by(engine, model, example), engine, {}
     run = _adding_in_place(lower(model, example, _packed, _packed_linear)).eval()
-    _libc("mallopt", -4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-    _libc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back; fresh pages cost a fifth of a pass
+    _keep_freed_memory()
     if engine == "pytorch" or not isinstance(model(example), Tensor):
         return run, "pytorch", {}
     runs, candidates = _candidates(model, example)
@@ -153,16 +150,12 @@ def _milliseconds(runs: dict[str, Any], example: Tensor) -> dict[str, float]:
     return found
 
 
-def _give_back() -> None:
-    """What making the snapshot took, the losing engines among it."""
-    gc.collect()
-    _libc("malloc_trim", 0)
-
-
-def _libc(function: str, *numbers: int) -> None:
-    """A call of glibc's; nothing elsewhere."""
+def _keep_freed_memory() -> None:
+    """Activations come from memory that the process has: fresh pages cost up to a fifth of a pass. glibc only."""
     if platform.libc_ver()[0] == "glibc":
-        getattr(ctypes.CDLL(None), function)(*numbers)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
 
 
 def _check(model: nn.Module, example: Tensor) -> None:
