@@ -12,9 +12,10 @@ import sys
 import torch
 
 from resnet_fused import bench
+from resnet_fused.bench.engine import BASELINE
+from resnet_fused.bench.variants import DEPLOY
 
-BASELINE = "torchvision-nhwc"
-LEAST = {"resnet_fused": 0.85, "resnet_fused-onednn": 0.9, "resnet_fused+deploy": 1.0}  # of its speed: far from noise
+LEAST = {"resnet_fused": 0.85, "resnet_fused-onednn": 0.9, DEPLOY: 1.0}  # of its speed: far from noise
 
 
 def slower(least: dict[str, float]) -> list[str]:

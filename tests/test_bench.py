@@ -195,9 +195,6 @@ def test_bfloat16_is_held_to_torchvisions_own_error(timed):
     assert 2 * results["torchvision-nhwc"].error < results["resnet_fused"].limit < 3 * results["torchvision-nhwc"].error
 
 
-TRAINING = SMALL | dict(image_size=33, suite="training")
-
-
 def test_images_of_bytes(timed, monkeypatch):
     variants = ["torchvision-nchw", "torchvision-nhwc", "resnet_fused", "resnet_fused-onednn"]
     report = bench.run(variants=variants, of_bytes=True, **SMALL)
@@ -211,6 +208,9 @@ def test_images_of_bytes(timed, monkeypatch):
             bench.run(of_bytes=True, **SMALL, **wrong)
     with pytest.raises(ValueError, match="--bytes goes with --suite inference and without --fuse, got --suite ops"):
         run_command("--bytes", "--suite", "ops")
+
+
+TRAINING = SMALL | dict(image_size=33, suite="training")
 
 
 def test_train_step_has_torchvisions_bits_and_is_timed(tmp_path, capsys):

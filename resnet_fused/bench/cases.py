@@ -18,14 +18,12 @@ from .. import models
 from ..deploy import Deployed
 from ..dispatch import registry
 from ..explain import explain
-from ..models.features import ImageInput
+from ..models.features import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from ..ops.stem import normalized
 from .others import Fused, Originals
 from .report import Result
 from .timing import peak_mib
 from .variants import COMPILED, DEPLOY, GRAPHED, INFERENCE_ONLY, TORCHVISION, TRAINING_ONLY, is_ours, made
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std, torchvision's
 
 
 class _Normalising(nn.Module):
@@ -34,7 +32,7 @@ class _Normalising(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.values = [torch.tensor(v, device=next(net.parameters()).device) for v in IMAGENET]
+        self.values = [torch.tensor(v, device=next(net.parameters()).device) for v in (IMAGENET_MEAN, IMAGENET_STD)]
 
     def forward(self, x: Tensor) -> Tensor:
         mean, std = self.values
@@ -156,7 +154,7 @@ class Case(abc.ABC):
             return net
         if not isinstance(net, ImageInput):
             return _Normalising(net).train(self.trains)
-        net.set_input_normalization(*IMAGENET)
+        net.set_input_normalization(IMAGENET_MEAN, IMAGENET_STD)
         return net
 
 

@@ -83,8 +83,8 @@ def run(
     if of_bytes and (fuse or suite != "inference"):
         raise ValueError(f"of_bytes goes with the suite inference and without fuse, got suite {suite!r}, fuse {fuse}")
     report = Report(model, batch, image_size, dtype, target.type, baseline, conditions(target), task=suite)
-    report.of_bytes = of_bytes
     report.reference, report.rounds, report.asked = shown[BASELINE], rounds or ROUNDS, variants is not None
+    report.of_bytes = of_bytes
     with torch.cuda.device(target) if on_gpu else contextlib.nullcontext(), _cudnn_benchmark():
         library = Originals(torchvision()) if fuse else torchvision()
         if fuse:

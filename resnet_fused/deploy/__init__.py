@@ -96,25 +96,19 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
     if engine not in ("auto", "pytorch", *ENGINES):
         raise ValueError(f"engine must be one of auto, pytorch, {', '.join(ENGINES)}; got {engine!r}")
     _check(model, example)
-    if example.is_cuda and engine not in ENGINES:
-        return Deployed(lower(model, example, _fused, _linear).eval(), example, "pytorch", {})
-    run, name, candidates = _made(engine, model, example)
-    return Deployed(run, example, name, candidates)
-
-
-def _made(engine: str, model: nn.Module, example: Tensor) -> tuple[Any, str, dict[str, float | str]]:
-    """On the CPU: what runs, its engine, and `Deployed.candidates`."""
     if engine in ENGINES:
-        return _by(engine, model, example), engine, {}
+        return Deployed(_by(engine, model, example), example, engine, {})
+    if example.is_cuda:
+        return Deployed(lower(model, example, _fused, _linear).eval(), example, "pytorch", {})
     run = _adding_in_place(lower(model, example, _packed, _packed_linear)).eval()
     _keep_freed_memory()
     if engine == "pytorch" or not isinstance(model(example), Tensor):
-        return run, "pytorch", {}
+        return Deployed(run, example, "pytorch", {})
     runs, candidates = _candidates(model, example)
     runs["pytorch"] = run
     candidates |= _milliseconds(runs, example) if len(runs) > 1 else {}
     fastest = min(runs, key=lambda name: candidates.get(name, 0))
-    return runs[fastest], fastest, candidates
+    return Deployed(runs[fastest], example, fastest, candidates)
 
 
 def _by(engine: str, model: nn.Module, example: Tensor) -> Run:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..models.features import IMAGENET_MEAN, IMAGENET_STD
 from ..models.weights import Source, WeightsArg, describe, files, resolve, torchvision_enum
 from ..train import checkpoint, load_model
-from ..train.augment import CROP, IMAGENET_MEAN, IMAGENET_STD, RESIZE
+from ..train.augment import CROP, RESIZE
 from ..train.data import image_size
 from .views import Views, center, resized
 
@@ -74,8 +75,8 @@ class Network(NamedTuple):
             classes = tuple(published.meta["categories"])
             return cls(shown, _of_bytes(model, mean, std), mean, std, classes, "imagenet", **how, model_name=name)
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        model, imagenet = _of_bytes(model, mean, std), _imagenet(model.fc.out_features)
-        return cls(shown, model, mean, std, imagenet, "imagenet", model_name=name)
+        known = _of_bytes(model, mean, std), mean, std, _imagenet(model.fc.out_features)
+        return cls(shown, *known, "imagenet", model_name=name)
 
     @classmethod
     def from_argument(cls, text: str) -> "Network":

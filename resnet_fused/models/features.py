@@ -10,6 +10,7 @@ from ..layers import Normalization, Step, as_floating, counters, run, run_stem
 from .layout import LaidOut
 
 Values = float | Sequence[float] | Tensor
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of pixels between 0 and 1
 
 
 class ImageInput(LaidOut):

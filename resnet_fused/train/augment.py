@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4
 RESIZE, CROP = 256, 224  # the short side and the centre that a network is tested on
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
+from ..models.features import IMAGENET_MEAN, IMAGENET_STD
 from . import augment, data
 from .distributed import World
 from .recipes import RECIPES, Settings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]  # images [N, 3, H, W], labels [N]
 Normalization = tuple[Tensor, Tensor]  # mean [3, 1, 1] or [3, H, W] and std [3, 1, 1] of images in [0, 1]
-IMAGENET = (torch.tensor(augment.IMAGENET_MEAN)[:, None, None], torch.tensor(augment.IMAGENET_STD)[:, None, None])
+IMAGENET = (torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None])
 Samples = Union["ImageFolder", "_Transformed"]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...fetch import damaged, fetch
+from ..features import IMAGENET_MEAN, IMAGENET_STD
 
 
 def load(progress: bool) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def _torchvision_keys(name: str) -> tuple[str, str]:
 
 def _stem(kernel: Tensor) -> tuple[Tensor, Tensor]:
     """BGR kernel [O, 3, 7, 7] on pixels less Caffe's mean -> RGB kernel on torchvision's input, and a bias [O]."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64) * 255
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64) * 255
     caffe_mean = torch.tensor([123.68, 116.779, 103.939], dtype=torch.float64)
     rgb = kernel.double().flip(1)
     # exact but for the zero padding, which now stands for torchvision's mean: at most 0.5 of 255 off at the rim
