@@ -10,7 +10,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -611,20 +610,6 @@ sys.exit(pytest.main([{str(folder)!r}, *options]))
     assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["microseconds"] / 1e3)
 
 
-def test_the_gate_names_what_became_slower(monkeypatch, capsys, one_thread):
-    gate = pytest.importorskip("gate")
-    assert gate.slower({gate.BASELINE: 10.0} | dict.fromkeys(gate.LEAST, 9.0)) == []
-    (line,) = gate.slower({gate.BASELINE: 10.0} | dict.fromkeys(gate.LEAST, 9.0) | {"resnet_fused": 20.0})
-    assert line == "resnet_fused: 0.50x of torchvision-nhwc, at least 0.85x"
-    results = [bench.Result(name, "nhwc", samples_ms=[1.0]) for name in (gate.BASELINE, *gate.LEAST)]
-    results[1].status, results[1].reason = "refused", "error 1"
-    report = types.SimpleNamespace(results=results, table=lambda: "")
-    monkeypatch.setattr(gate.bench, "run", create_autospec(bench.run, return_value=report))
-    assert gate.main([]) == 1 and "<- resnet_fused refused: error 1" in capsys.readouterr().out
-    results[1].status = "measured"
-    assert gate.main([]) == 0
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same program runs on the GPU with make gpu")
 def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
     folder = Path(__file__).parent.parent / "benchmarks"
@@ -717,27 +702,43 @@ def test_a_table_that_disagrees_with_its_results_is_found_and_mended(tables, tmp
         tables.main([str(document)])
 
 
+def test_a_table_of_several_files_is_of_one_machine(tables, tmp_path):
+    paths = []
+    for batch, took in ((1, "pytorch"), (16, "onnxruntime")):
+        times = {"torchvision-nhwc": 10.0, "resnet_fused+deploy": 8.0}
+        results = [bench.Result(name, "nhwc", samples_ms=[ms] * 3) for name, ms in times.items()]
+        results[1].ran = {f"engine {took}": 1}
+        for result in results:
+            result.ratios = bench.paired_ratios(results[0].samples_ms, result.samples_ms)
+        conditions = bench.conditions(CPU)
+        report = bench.Report("resnet50", batch, 224, "float32", "cpu", "torchvision-nhwc", conditions, results)
+        paths.append(tmp_path / f"{batch}.json")
+        bench.write_json(paths[-1], report.to_dict())
+    text = tables.peers(paths)
+    assert "| variant | resnet50, 1 | resnet50, 16 |" in text and "medians of 3 to 3 interleaved rounds" in text
+    assert "| resnet_fused+deploy | 125.0 (1.25) | 2000.0 (1.25) |" in text
+    assert "| the engine that `resnet_fused+deploy` took | pytorch | onnxruntime |" in text
+    bench.write_json(paths[0], json.loads(paths[0].read_text()) | {"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="results of one machine, commit, dtype and baseline make a table"):
+        tables.peers(paths)
+
+
 @pytest.mark.parametrize("make", [host.forward, host.train_step], ids=["inference", "training"])
-def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make):
+def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make, one_thread):
     """A gate: the ratio of the least CPU times of one run, interleaved, never an absolute time."""
     torchvision = pytest.importorskip("torchvision")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
     pair = {"theirs": theirs, "ours": models.ResNet(BasicBlock, [1, 1, 1, 1])}
     pair = {name: model.to(memory_format=torch.channels_last) for name, model in pair.items()}
     x = torch.randn(2, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     calls = {name: make(model, x) for name, model in pair.items()}
     least, ratio = dict.fromkeys(calls, math.inf), math.inf
-    try:
-        for _ in range(8):  # until a quiet moment was met by both
-            found = host.least(calls, 5, CPU)
-            least = {name: min(least[name], us) for name, us in found.items()}
-            ratio = least["ours"] / least["theirs"]
-            if ratio <= 1.15:
-                return
-    finally:
-        torch.set_num_threads(threads)
+    for _ in range(8):  # until a quiet moment was met by both
+        found = host.least(calls, 5, CPU)
+        least = {name: min(least[name], us) for name, us in found.items()}
+        ratio = least["ours"] / least["theirs"]
+        if ratio <= 1.15:
+            return
     pytest.fail(f"{ratio:.2f} times torchvision's CPU time")
 
 
