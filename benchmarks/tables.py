@@ -51,10 +51,9 @@ def peers(paths: list[Path]) -> str:
     reports = [json.loads(path.read_text()) for path in paths]
     baselines, dtypes = ({report[key] for report in reports} for key in ("baseline", "dtype"))
     machines = {tuple(report["conditions"][k] for k in ("threads", "device", "torch", "commit")) for report in reports}
-    if any(len(found) > 1 for found in (baselines, dtypes, machines)):
-        raise ValueError(
-            f"results of one machine, commit, dtype and baseline make a table, got {machines}, {dtypes}, {baselines}"
-        )
+    same = machines, dtypes, baselines
+    if any(len(found) > 1 for found in same):
+        raise ValueError(f"results of one machine, commit, dtype and baseline make a table, got {same}")
     [(threads, device, torch, _)], [baseline], [dtype] = machines, baselines, dtypes
     results = [{r["variant"]: r for r in report["results"] if r["samples_ms"]} for report in reports]
     cells = [{name: f"{r['img_per_s']:.1f} ({r['ratio']:.2f})" for name, r in found.items()} for found in results]

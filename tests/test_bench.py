@@ -1,27 +1,22 @@
-import argparse
-import functools
+"""Whole models measured: parity before speed, what the table says, which arguments are refused."""
+
 import importlib.util
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from bench_runs import run_command
 
 import resnet_fused
 from resnet_fused import bench, models
-from resnet_fused.bench import cases, collect, engine, host, parity, timing
-from resnet_fused.bench.ceilings import Ceilings
+from resnet_fused.bench import cases, engine, host, timing
 from resnet_fused.deploy import engines
 from resnet_fused.models.resnet import BasicBlock
-from resnet_fused.testing import CASES, OPS
 
 SMALL = dict(model="resnet18", batch=2, image_size=64, device="cpu", rounds=2)
 CPU = torch.device("cpu")
@@ -29,12 +24,6 @@ CPU = torch.device("cpu")
 
 def by_name(report):
     return {result.variant: result for result in report.results}
-
-
-def run_command(*argv):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args([str(argument) for argument in argv]))
 
 
 @pytest.fixture
@@ -500,149 +489,6 @@ def test_default_variants_are_those_that_are_there():
     assert not {"resnet_fused-eager", "resnet_fused-cuda", "resnet_fused-triton"} & set(variants)
 
 
-def few_cases(monkeypatch):
-    from resnet_fused.bench import ops
-
-    few = [case for case in CASES if case.id in ("conv-1x1-join", "bn-two-bn-join", "bn-empty")]
-    for module in (ops, parity):
-        monkeypatch.setattr(module, "CASES", few)
-    monkeypatch.setattr(ops, "ROUNDS", 2)
-
-
-def test_parity_is_beside_pytorchs_own(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("torchvision")
-    few_cases(monkeypatch)
-    path = tmp_path / "parity.json"
-    asked = ("--suite", "parity", "--dtype", "bfloat16,float32", "--model", "resnet18", "--device", "cpu")
-    assert run_command(*asked, "--json", path) == 0
-    report = json.loads(path.read_text())
-    rows = {row["key"]: row for row in report["rows"]}
-    assert len(rows) == 8 and report["conditions"]["torch"] == torch.__version__
-    join = rows["conv-1x1-join bfloat16"]
-    assert 1e-4 < join["pytorch"]["mean"] < join["pytorch"]["max"] < 0.1
-    assert join["backends"]["eager"]["max"] == join["pytorch"]["max"]
-    assert rows["resnet18 float32"]["backends"]["eager"]["max"] == rows["resnet18 float32"]["pytorch"]["max"] < 1e-4
-    assert rows["bn-empty float32"]["pytorch"]["max"] is None and "bn-two-bn-join" in capsys.readouterr().out
-
-
-def test_parity_shows_what_is_wrong(monkeypatch, tmp_path):
-    few_cases(monkeypatch)
-    right = OPS["conv_bn_act"]
-    monkeypatch.setitem(OPS, "conv_bn_act", lambda *args, **kwargs: right(*args, **kwargs) + 0.5)
-    monkeypatch.setattr(parity, "network", lambda *args: {"what": "model", "backends": {}})
-    monkeypatch.setattr(parity, "line", str)
-    path = tmp_path / "parity.json"
-    small = ("--dtype", "float32", "--model", "resnet18", "--device", "cpu", "--json", path)
-    assert run_command("--suite", "parity", *small) == 1
-    [row] = [row for row in json.loads(path.read_text())["rows"] if row.get("name") == "conv-1x1-join"]
-    eager = row["backends"]["eager"]
-    assert eager["status"] == "refused" and eager["max"] == pytest.approx(0.5, 1e-4)
-
-
-def test_ops_suite_has_floors_and_ratios(monkeypatch, tmp_path, capsys):
-    few_cases(monkeypatch)
-    monkeypatch.setattr("resnet_fused.bench.ceilings.measured", lambda dtype, device: Ceilings(1e9, 1e12))
-    path = tmp_path / "ops.json"
-    asked = ("--suite", "ops", "--dtype", "float32", "--variants", "eager,cuda", "--device", "cpu", "--json", path)
-    assert run_command(*asked) == 0
-    report = json.loads(path.read_text())
-    [row] = [row for row in report["rows"] if row["case"] == "conv-1x1-join"]
-    eager = row["backends"]["eager"]
-    assert row["backends"]["cuda"]["status"] == "unavailable" and eager["ratio_to_eager"] == 1
-    assert eager["share_of_floor"] == pytest.approx(row["bytes"] / 1e9 * 1e6 / eager["microseconds"])
-    assert report["conditions"]["ceilings"]["float32"]["bytes_per_s"] == 1e9 and "of floor" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="variants: unknown 'tensorrt'; the suite ops has: .*compile"):
-        run_command("--suite", "ops", "--variants", "tensorrt")
-
-
-def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
-    path, made = tmp_path / "rows.json", []
-
-    def make(key):
-        if key == "broken":
-            raise KeyboardInterrupt
-        return made.append(key) or {"value": key}
-
-    def run(keys, resume, head, commit="a"):
-        rows = [(key, lambda key=key: make(key)) for key in keys]
-        return collect.collect(
-            head | {"conditions": {"commit": commit, "load": len(made)}}, rows, path, resume, lambda row: row["key"]
-        )
-
-    with pytest.raises(KeyboardInterrupt):
-        run(["a", "b", "broken"], True, {"task": "ops"})
-    assert [row["key"] for row in json.loads(path.read_text())["rows"]] == ["a", "b"]
-    report = run(["a", "b", "c"], True, {"task": "ops"})
-    assert made == ["a", "b", "c"] and [row["value"] for row in report["rows"]] == made
-    with pytest.raises(ValueError, match="--resume"):
-        run(["a"], True, {"task": "parity"})
-    assert len(run(["a"], True, {"task": "ops"}, commit="b")["rows"]) == 1 and made[-1] == "a"
-    assert len(run(["a"], False, {"task": "parity"})["rows"]) == 1
-
-
-def test_ops_times_right_operators_and_no_wrong_one(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    folder = Path(__file__).parent.parent / "benchmarks"
-    if not folder.is_dir():
-        pytest.skip("benchmarks/ comes with the sources only")
-    path = tmp_path / "ops.json"
-    program = f"""
-import sys, pytest
-from resnet_fused.testing import OPS
-right = OPS["conv_bn_act"]
-OPS["conv_bn_act"] = lambda *args, **kwargs: right(*args, **kwargs) + 1
-cases = "bn-two-bn-join-float32-eager or conv-1x1-join-float32-eager"
-options = ["-k", cases, "--benchmark-only", "--benchmark-json={path}", "-pno:cacheprovider"]
-sys.exit(pytest.main([{str(folder)!r}, *options]))
-"""
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    env = dict(alone, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join([str(folder.parent), *sys.path]))
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 1 passed" in done.stdout and "conv-1x1-join: result 0 is off by" in done.stdout
-    assert re.search(r"bn-two-bn-join +float32 +eager +[\d.]+ +[\d.]+ +0.00 +1.00", done.stdout)
-    [benchmark] = json.loads(path.read_text())["benchmarks"]
-    info = benchmark["extra_info"]
-    assert (info["case"], info["ratio_to_eager"]) == ("bn-two-bn-join", 1)
-    assert info["bytes"] == 3 * 2 * 64 * 14 * 14 * 4
-    assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["microseconds"] / 1e3)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the same program runs on the GPU with make gpu")
-def test_roofline_has_every_layer_and_counts_each_byte(monkeypatch, capsys):
-    folder = Path(__file__).parent.parent / "benchmarks"
-    if not folder.is_dir():
-        pytest.skip("benchmarks/ comes with the sources only")
-    monkeypatch.syspath_prepend(str(folder))
-    roofline = pytest.importorskip("roofline")
-    monkeypatch.setattr(roofline, "milliseconds", lambda call, device: call() is None or 1.0)
-    monkeypatch.setattr(roofline.ceilings, "measured", lambda dtype, device: Ceilings(1e9, 1e9))
-    monkeypatch.setattr(roofline, "backends", lambda device: ["cudnn", "triton"])
-    monkeypatch.setattr(
-        roofline.bench, "time_rounds", lambda calls, *a, **k: {n: [f() is None or 2.0] for n, f in calls.items()}
-    )
-    model = models.ResNet(BasicBlock, [2, 1, 1, 1])
-    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
-    x = torch.randn(1, 3, 32, 32)
-    with resnet_fused.backend("triton"):
-        found = roofline.measure("inference", model, x)["calls"]
-        assert sum(row["layers"] for row in found) == 8
-        stem = found[0]
-        moved = 4 * (3 * 32 * 32 + 64 * 3 * 49 + 4 * 64 + 64 * 8 * 8)  # nothing of the 16 x 16 map
-        assert stem["best"] == "triton" and stem["gb_per_s"] == pytest.approx(moved / 1e6)
-        assert stem["tflop_per_s"] == pytest.approx(2 * 64 * 16 * 16 * 3 * 49 / 1e9)
-        training = roofline.measure("training", model, x.expand(2, -1, -1, -1))
-    layers = {row["op"]: 0 for row in training["calls"]}
-    for row in training["calls"]:
-        layers[row["op"]] += row["layers"]
-    assert list(layers.values()) == [8, 7, 7, 7]  # a shortcut joins in the block's end
-    joins = [(row["residual"], row["residual_bn"]) for row in training["against_pytorch"]]
-    assert (True, True) in joins and (True, False) in joins and (False, False) in joins
-    assert "all layers:" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("model", ["timm/resnet18d", "mobilenet_v3_small"])
 @pytest.mark.parametrize("suite", ["inference", "training"])
 def test_other_peoples_models_beside_themselves_fused(model, suite, capsys):
@@ -665,64 +511,6 @@ def test_other_peoples_models_are_checked_by_name():
         bench.run("resnet18", fuse=True, device="cpu", variants=["resnet_fused"])
 
 
-@pytest.fixture
-def tables(monkeypatch):
-    folder = Path(__file__).parent.parent / "benchmarks"
-    if not folder.is_dir():
-        pytest.skip("benchmarks/ comes with the sources only")
-    monkeypatch.syspath_prepend(str(folder))
-    return pytest.importorskip("tables")
-
-
-def test_the_documents_tables_are_those_of_the_committed_results(tables, capsys):
-    assert tables.main(["--check"]) == 0, capsys.readouterr().out
-    assert "<!-- generated: traffic " in (tables.ROOT / "README.md").read_text()
-
-
-def test_a_table_that_disagrees_with_its_results_is_found_and_mended(tables, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "written", functools.partial(tables.written, root=tmp_path))
-    times = {"torchvision-nhwc": 10.0, "resnet_fused": 8.0}
-    results = [bench.Result(name, "nhwc", samples_ms=[ms] * 3) for name, ms in times.items()]
-    results.append(bench.Result("openvino", "nhwc", status="refused", reason="error 1e-1"))
-    for result in results:
-        result.ratios = bench.paired_ratios(results[0].samples_ms, result.samples_ms)
-    report = bench.Report("resnet50", 8, 224, "float32", "cpu", "torchvision-nhwc", bench.conditions(CPU), results)
-    bench.write_json(tmp_path / "a.json", report.to_dict())
-    document = tmp_path / "doc.md"
-    document.write_text("before\n\n<!-- generated: inference a.json -->\nold\n<!-- end -->\n\nafter\n")
-    assert tables.main(["--check", str(document)]) == 1 and "old" in document.read_text()
-    assert tables.main([str(document)]) == 0 and tables.main(["--check", str(document)]) == 0
-    text = document.read_text()
-    assert text.index("| resnet_fused | 1000.0 | 1.25 |") < text.index("| torchvision-nhwc | 800.0 | 1.00 |")
-    assert "openvino (error 1e-1)" in text and text.startswith("before") and text.endswith("after\n")
-    document.write_text(text.replace("1000.0", "1001.0"))
-    assert tables.main(["--check", str(document)]) == 1
-    document.write_text("<!-- generated: inference absent.json -->\n<!-- end -->\n")
-    with pytest.raises(ValueError, match="absent.json is not there"):
-        tables.main([str(document)])
-
-
-def test_a_table_of_several_files_is_of_one_machine(tables, tmp_path):
-    paths = []
-    for batch, took in ((1, "pytorch"), (16, "onnxruntime")):
-        times = {"torchvision-nhwc": 10.0, "resnet_fused+deploy": 8.0}
-        results = [bench.Result(name, "nhwc", samples_ms=[ms] * 3) for name, ms in times.items()]
-        results[1].ran = {f"engine {took}": 1}
-        for result in results:
-            result.ratios = bench.paired_ratios(results[0].samples_ms, result.samples_ms)
-        conditions = bench.conditions(CPU)
-        report = bench.Report("resnet50", batch, 224, "float32", "cpu", "torchvision-nhwc", conditions, results)
-        paths.append(tmp_path / f"{batch}.json")
-        bench.write_json(paths[-1], report.to_dict())
-    text = tables.peers(paths)
-    assert "| variant | resnet50, 1 | resnet50, 16 |" in text and "medians of 3 to 3 interleaved rounds" in text
-    assert "| resnet_fused+deploy | 125.0 (1.25) | 2000.0 (1.25) |" in text
-    assert "| the engine that `resnet_fused+deploy` took | pytorch | onnxruntime |" in text
-    bench.write_json(paths[0], json.loads(paths[0].read_text()) | {"dtype": "bfloat16"})
-    with pytest.raises(ValueError, match="results of one machine, commit, dtype and baseline make a table"):
-        tables.peers(paths)
-
-
 @pytest.mark.parametrize("make", [host.forward, host.train_step], ids=["inference", "training"])
 def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make, one_thread):
     """A gate: the ratio of the least CPU times of one run, interleaved, never an absolute time."""
@@ -740,104 +528,3 @@ def test_eager_models_are_no_slower_than_torchvisions_on_the_cpu(make, one_threa
         if ratio <= 1.15:
             return
     pytest.fail(f"{ratio:.2f} times torchvision's CPU time")
-
-
-FAKE = """#!/bin/bash
-echo "$*" >> "$LOG"
-[[ "$*" == *"$FAILS"* && -n "$FAILS" ]] && exit 1
-exit 0
-"""
-
-
-@pytest.fixture
-def gpu_script(tmp_path):
-    """Runs benchmarks/gpu.sh with a Python that only writes down what it is asked; the status and the lines."""
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
-    if not script.is_file():
-        pytest.skip("benchmarks/ comes with the sources only")
-    python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(FAKE)
-    python.chmod(0o755)
-
-    def run(part, fails=""):
-        log.write_text("")
-        env = dict(os.environ, PART=str(part), OUT=str(tmp_path / "out"), PYTHON=str(python), LOG=str(log), FAILS=fails)
-        done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=60)
-        limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-        return done.returncode, log.read_text().splitlines()[1:], limits
-
-    return run
-
-
-def test_the_first_part_saves_the_device_first_and_goes_on_after_a_cut(gpu_script):
-    status, lines, limits = gpu_script(1)
-    words = ["device.py", "doctor", "suite parity", "suite ops", "--batches 1 32 256", "--suite training"]
-    kept = [line for line in lines if "pip install" not in line]
-    assert status == 0 and all(word in line for word, line in zip(words, kept, strict=True))
-    assert sum(limits[:2]) <= 60 and sum(limits) < 540
-    assert gpu_script(1)[1] == []  # all is kept
-    assert gpu_script(4, fails="resnet.py")[0] == 1
-    status, lines, _ = gpu_script(4)
-    assert status == 0 and len(lines) == 1 and "--resume" in lines[0]
-
-
-@pytest.mark.parametrize("part", [2, 3, 4, 5, 7])
-def test_every_part_ends_within_nine_minutes(gpu_script, part):
-    status, lines, limits = gpu_script(part)
-    assert status == 0 and lines and sum(limits) < 540
-
-
-def test_an_unknown_part_is_told(gpu_script):
-    assert gpu_script(9)[0] == 2
-
-
-def test_several_batches_go_on_where_they_were_cut_off(tmp_path):
-    script = Path(__file__).parent.parent / "benchmarks" / "resnet.py"
-    if not script.is_file():
-        pytest.skip("benchmarks/ comes with the sources only")
-    small = [
-        "--models",
-        "resnet18",
-        "--image-size",
-        "32",
-        "--variants",
-        "resnet_fused",
-        "--rounds",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))  # the package that is tested here, installed or not
-    for batches in (["1"], ["1", "2"]):
-        command = [
-            sys.executable,
-            script,
-            *small,
-            "--batches",
-            *batches,
-            "--dtypes",
-            "float32",
-            "--out",
-            tmp_path,
-            "--resume",
-        ]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    [path] = tmp_path.iterdir()
-    assert [report["batch"] for report in json.loads(path.read_text())] == [1, 2]
-    assert done.stdout.count("resnet18 inference") == (1 if bench.conditions(CPU)["commit"] else 2)
-
-
-def test_two_runs_of_pytest_benchmark_are_compared(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    folder = Path(__file__).parent.parent / "benchmarks"
-    if not folder.is_dir():
-        pytest.skip("benchmarks/ comes with the sources only")
-    options = ["-q", "-k", "conv-1x1-join-float32-eager", "--benchmark-only", "--benchmark-storage=store"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(folder.parent), *sys.path])}
-    for more in ("--benchmark-save=one", "--benchmark-compare=0001"):
-        command = [sys.executable, "-m", "pytest", str(folder), *options, more, "-pno:cacheprovider"]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "(0001_one)" in done.stdout and "machine_info is different" not in done.stdout

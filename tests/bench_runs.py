@@ -1,0 +1,11 @@
+"""`resnet-fused bench` in this process."""
+
+import argparse
+
+from resnet_fused import bench
+
+
+def run_command(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args([str(argument) for argument in argv]))
