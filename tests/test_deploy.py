@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import subprocess
 import sys
 import warnings
 
@@ -257,6 +258,26 @@ def test_images_of_bytes(engine, dtype):
     with pytest.raises(ValueError, match="torch.uint8, on cpu as the example"):
         served(X)
     deploy(model, X.to(dtype))  # floating-point images are normalised already
+
+
+TWO_AND_CTRL_C = """
+import os, resnet_fused, signal, time, torch
+model, x = resnet_fused.cifar_resnet20().eval(), torch.zeros(1, 3, 32, 32)
+first, second = (resnet_fused.deploy(model, x, engine="openvino") for _ in range(2))
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_signal_is_heard_when_two_engines_have_come_and_gone():
+    pytest.importorskip("openvino", reason='needs pip install ".[peers]"')
+    done = subprocess.run([sys.executable, "-c", TWO_AND_CTRL_C], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_the_fastest_engine_serves_and_a_wrong_one_is_out(monkeypatch):

@@ -1,6 +1,7 @@
 """Other engines for the CPU on the exported model, with PyTorch's threads: ONNX Runtime and OpenVINO."""
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def openvino(model: nn.Module, example: Tensor) -> Run:
         "INFERENCE_PRECISION_HINT": precisions[dtype],
         "PERFORMANCE_HINT": "LATENCY",
     }
-    core = ov.Core()
+    core = _core(ov)
     with tempfile.TemporaryDirectory() as folder:
         path = _onnx(model, example, folder)
         read = core.read_model(path.read_bytes())
@@ -80,6 +81,12 @@ def _module(name: str, example: Tensor) -> Any:
     except ImportError as error:
         raise BackendUnavailable(f"{needed} does not load ({error}): pip install {needed}") from None
     return module
+
+
+@functools.cache
+def _core(ov: Any) -> Any:
+    """One for the process: each gives the thread a stack for signals, and of two the last to go leaves a freed one."""
+    return ov.Core()
 
 
 def _onnx(model: nn.Module, example: Tensor, folder: str) -> Path:
