@@ -7,6 +7,7 @@ a CUDA graph.
 """
 
 import ctypes
+import gc
 import platform
 import time
 from typing import Any, NoReturn
@@ -96,12 +97,19 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
     if engine not in ("auto", "pytorch", *ENGINES):
         raise ValueError(f"engine must be one of auto, pytorch, {', '.join(ENGINES)}; got {engine!r}")
     _check(model, example)
+    deployed = _made(engine, model, example)
+    _give_back()
+    return deployed
+
+
+def _made(engine: str, model: nn.Module, example: Tensor) -> Deployed:
     if engine in ENGINES:
         return Deployed(_by(engine, model, example), example, engine, {})
     if example.is_cuda:
         return Deployed(lower(model, example, _fused, _linear).eval(), example, "pytorch", {})
     run = _adding_in_place(lower(model, example, _packed, _packed_linear)).eval()
-    _keep_freed_memory()
+    _libc("mallopt", -4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+    _libc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back; fresh pages cost a fifth of a pass
     if engine == "pytorch" or not isinstance(model(example), Tensor):
         return Deployed(run, example, "pytorch", {})
     runs, candidates = _candidates(model, example)
@@ -144,12 +152,16 @@ def _milliseconds(runs: dict[str, Any], example: Tensor) -> dict[str, float]:
     return found
 
 
-def _keep_freed_memory() -> None:
-    """Activations come from memory that the process has: fresh pages cost up to a fifth of a pass. glibc only."""
+def _give_back() -> None:
+    """What making the snapshot took, the losing engines among it."""
+    gc.collect()
+    _libc("malloc_trim", 0)
+
+
+def _libc(function: str, *numbers: int) -> None:
+    """A call of glibc's; nothing elsewhere."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def _check(model: nn.Module, example: Tensor) -> None:
