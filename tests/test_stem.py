@@ -58,8 +58,21 @@ def assert_within_budget(y: torch.Tensor, call: Call) -> None:
     assert reason is None, reason
 
 
-def check(call: Call, config=None) -> None:
-    plan = triton_stem.plan(call, config or triton_stem.configs(call)[0])
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel(request):
+    """A backend's four functions."""
+    if DEVICE == "cuda" and (reason := registry.unavailable(request.param, torch.device(DEVICE, 0))):
+        pytest.skip(reason)
+    return registry.implementation(request.param, "stem")
+
+
+def planned(kernel, call: Call):
+    if (reason := kernel.unsupported(call)) is not None:
+        pytest.skip(f"{kernel.__name__}: {reason}")
+    return kernel.plan(call, kernel.configs(call)[0])
+
+
+def check(call: Call, plan) -> None:
     with nan_filled_memory(), torch.no_grad():
         y = plan(call)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -70,17 +83,19 @@ def check(call: Call, config=None) -> None:
 @pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("id", SHAPES)
-def test_within_budget_of_float64(id, dtype, of_bytes):
+def test_within_budget_of_float64(id, dtype, of_bytes, kernel):
     shape, K = SHAPES[id]
-    check(draw(shape, K, dtype, of_bytes))
+    call = draw(shape, K, dtype, of_bytes)
+    check(call, planned(kernel, call))
 
 
 @pytest.mark.any_device
 @pytest.mark.parametrize("of_bytes", [False, True], ids=["float", "bytes"])
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("bn", ["plain", "half"])
-def test_layouts_and_vectors(layout, bn, of_bytes):
-    check(draw((2, 3, 11, 14), 32, torch.float16, of_bytes, layout, bn))
+def test_layouts_and_vectors(layout, bn, of_bytes, kernel):
+    call = draw((2, 3, 11, 14), 32, torch.float16, of_bytes, layout, bn)
+    check(call, planned(kernel, call))
 
 
 @pytest.mark.any_device
@@ -94,7 +109,7 @@ def test_every_tile_on_several_strips_and_bands(dtype, capability, monkeypatch):
     tiles = {(c["BLOCK_Q"], c["BLOCK_N"]) for c in configs}
     assert len({c["rows"] for c in configs}) > 1 and len(tiles) > (dtype == torch.float16)
     for config in configs:
-        check(call, config)
+        check(call, triton_stem.plan(call, config))
 
 
 @pytest.mark.any_device
@@ -111,14 +126,14 @@ def test_bands_are_large_where_there_are_images_enough(monkeypatch):
 
 @pytest.mark.any_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_border_of_bytes_is_0_of_what_is_normalised(dtype):
+def test_the_border_of_bytes_is_0_of_what_is_normalised(dtype, kernel):
     """Black pixels are -2, and every sum is exact: 2 for every pixel that the kernel meets, and none for the border."""
     x = torch.zeros((1, 1, 6, 9), dtype=torch.uint8, device=DEVICE)
     weight = torch.full((16, 1, 7, 7), -1.0, dtype=dtype, device=DEVICE)
     zeros, ones = torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)
     mean, std = torch.tensor([0.5], device=DEVICE), torch.tensor([0.25], device=DEVICE)
     call = Call(x, weight, None, None, zeros, ones, 0.0, mean, std)
-    y = triton_stem.plan(call, triton_stem.configs(call)[0])(call)
+    y = planned(kernel, call)(call)
     met = F.conv2d(torch.ones(1, 1, 6, 9), torch.ones(1, 1, 7, 7), None, 2, 3)
     expected = F.max_pool2d(2 * met, 3, 2, 1).to(DEVICE, dtype).expand(1, 16, 2, 3)
     assert torch.equal(y, expected) and torch.equal(call.reference(), expected)
@@ -127,34 +142,36 @@ def test_the_border_of_bytes_is_0_of_what_is_normalised(dtype):
 @pytest.mark.any_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_go_where_eagers_do(value, dtype):
+def test_nan_and_infinity_go_where_eagers_do(value, dtype, kernel):
     """One in every image, in each column of a row and each row of a column."""
     places = [*product([2], range(11)), *product(range(6), [5])]
     call = draw((len(places), 1, 6, 11), 16, dtype)
     for image, (row, column) in zip(call.x, places, strict=True):
         image[0, row, column] = value
-    y, expected = triton_stem.plan(call, triton_stem.configs(call)[0])(call), call.reference()
+    y, expected = planned(kernel, call)(call), call.reference()
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isposinf(), expected.isposinf())
 
 
 @pytest.mark.any_device
-def test_what_lies_around_an_image_is_never_read():
-    call = draw((1, 3, 9, 13), 16, torch.float32)
-    frame = torch.full((3, 9, 13, 3), float("nan"), device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_lies_around_an_image_is_never_read(dtype, kernel):
+    call = draw((1, 3, 9, 13), 16, dtype)
+    frame = torch.full((3, 9, 13, 3), float("nan"), dtype=dtype, device=DEVICE)
     frame[1:2] = call.x.permute(0, 2, 3, 1)
     framed = call._replace(x=frame.permute(0, 3, 1, 2)[1:2])
-    plan = triton_stem.plan(call, triton_stem.configs(call)[0])
+    plan = planned(kernel, call)
     assert torch.equal(plan(framed), plan(call))
 
 
 @pytest.mark.any_device
-def test_a_large_mean_is_subtracted_before_it_is_scaled():
-    call = draw((1, 3, 13, 13), 16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_large_mean_is_subtracted_before_it_is_scaled(dtype, kernel):
+    call = draw((1, 3, 13, 13), 16, dtype)
     x, weight = call.x + 1e3, call.weight.abs()
     mean = F.conv2d(x.double(), weight.double(), None, 2, 3)[:, :, 2:-2, 2:-2].mean((0, 2, 3)).float()
     call = call._replace(x=x, weight=weight, running_mean=mean, running_var=torch.ones_like(mean))
-    check(call)
-    y = triton_stem.plan(call, triton_stem.configs(call)[0])(call)
+    check(call, planned(kernel, call))
+    y = planned(kernel, call)(call)
     assert y[:, :, 1:-1, 1:-1].abs().max() < 500  # what is near the mean, not the border
 
 
@@ -478,15 +495,18 @@ def test_a_model_on_a_gpu(of_bytes):
 
 
 @pytest.mark.gpu
-def test_a_forced_backend_without_it_gets_the_convolution():
-    model = small()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_forced_backend_without_it_gets_the_convolution(dtype):
+    model = small().to(dtype)
     for name in ("cuda", "cudnn"):
         try:
             with resnet_fused.backend(name), torch.no_grad():
-                row = explain(model, floats())[0]
+                row = explain(model, floats(dtype=dtype))[0]
         except BackendUnavailable:
             continue
-        assert row.ran == [f"conv_bn_act: {name}"] and row.modules == "Conv2d + BatchNorm2d + ReLU"
+        serves = name == "cuda" and dtype == torch.float16
+        assert row.ran == ["stem: cuda" if serves else f"conv_bn_act: {name}"]
+        assert row.modules == "Conv2d + BatchNorm2d + ReLU" + " + MaxPool2d" * serves
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ _ORDER = {
     "conv 1x1": ("triton", "cudnn", "cuda"),
     "conv stem": ("triton", "cudnn", "cuda"),
     "conv": ("cudnn", "triton", "cuda"),
-    "stem": ("triton",),
+    "stem": ("triton", "cuda"),
 }
 PLAIN = "eager"  # PyTorch's own operators: chosen before the dispatcher where no other could serve
 SPLITS_IN_AUTO = ("triton",)  # where one kernel can't, PyTorch's convolution and one fused pass are still the best

@@ -63,6 +63,30 @@ def conv_bn_act(
     )
 
 
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    """Max pooling of ReLU of BN of a 7x7 convolution, in one kernel; y [N, K, P, Q] in channels_last.
+
+    x: [N, C, H, W] of any strides, of weight's dtype, or bytes with mean and std [C]; weight: [K, C, 7, 7], float16 or
+    bfloat16, dense channels_last; C is 4 at most, K a multiple of 8.
+
+    Raises:
+        RuntimeError: an argument has another shape, dtype, layout or device, or the launch failed.
+    """
+    return torch.ops.resnet_fused_cuda.stem.default(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, eps, mean, std
+    )
+
+
 def statistics(*args):
     """As `triton.batch_norm_train.statistics`; RuntimeError for an argument of another shape, dtype or layout."""
     return torch.ops.resnet_fused_cuda.batch_norm_statistics.default(*args)
