@@ -4,8 +4,8 @@
     python tests/aot_cuda.py "8.0+PTX 9.0a+PTX" --readable-ptx --wheels wheels  # one build
 
 Exits with 1 where a kernel spills, where ptxas serialises wgmma (C7510) or ignores setmaxnreg (C7508), where a
-convolution has no tensor core instruction (HGMMA on sm_90a, HMMA elsewhere), or where fewer of its blocks share a
-multiprocessor than planner.h says, or more on sm_80 and sm_90a, from which the planner's table is.
+convolution has no tensor core instruction (HGMMA on sm_90a, HMMA elsewhere and in the stem), or where fewer of its
+blocks share a multiprocessor than planner.h says, or more on sm_80 and sm_90a, from which the planner's table is.
 """
 
 import argparse
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PTXAS_NOTES = {"C7508": "setmaxnreg is ignored", "C7510": "wgmma is serialised"}
 MOST_MIB = 30
 KINDS = ("ConvUniversal", "GemmUniversal", "ImplicitGemmConvolution")
+MATRIX_INSTRUCTIONS = dict(zip((*KINDS, "stem_kernel"), ("HGMMA.", "HGMMA.", "HMMA.", "HMMA."), strict=True))
 
 
 def cuobjdump(*args: str | Path) -> str:
@@ -103,7 +104,7 @@ def check(library: Path, log: str) -> int:
             mma = cores.get(name, set())
             line = f"{label(name):40} {used['REG']:3} registers, {spilled} B spilled, {used['SHARED']} B static shared"
             print(line, *sorted(mma), sep=", ")
-            expected = None if kind(name) is None else "HMMA." if kind(name) == "ImplicitGemmConvolution" else "HGMMA."
+            expected = MATRIX_INSTRUCTIONS.get(kind(name) or label(name))
             if expected is not None and not any(m.startswith(expected) for m in mma):
                 wrong.append(f"{arch}: {label(name)} has no {expected[:-1]}")
             if kind(name) in ("ConvUniversal", "ImplicitGemmConvolution"):
