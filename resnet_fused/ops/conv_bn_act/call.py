@@ -1,15 +1,15 @@
 """The schema of `conv_bn_act`, its record of a call, and what it is in plain PyTorch."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
 from ...dispatch import numerics
-from .._calls import BN, metadata, power_of_two
+from .._calls import power_of_two
+from .._convolution import ConvolutionCall
 
 Pair = int | Sequence[int]
 
@@ -63,15 +63,11 @@ class _Fields(NamedTuple):
     relu: bool
 
 
-class Call(_Fields):
+class Call(_Fields, ConvolutionCall):
     """One call of the registered operator: the schema's fields in its order."""
 
     __slots__ = ()
     op = name = "conv_bn_act"
-
-    @property
-    def bn(self) -> BN:
-        return BN(self.bn_weight, self.bn_bias, self.running_mean, self.running_var)
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
         """Those of `reference`."""
@@ -90,30 +86,13 @@ class Call(_Fields):
 
     def drawn(self, whole: bool = False) -> "Call":
         """A random call like this one, on a crop of two images unless the whole is asked for; one has a NaN."""
-        draw, shapes = numerics.Draw(self.x.device), {}
-        if not whole:
-            extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True))
-            sides = map(numerics.cropped, self.x.shape[2:], extents)
-            shapes["x"] = torch.Size((numerics.IMAGES, self.x.shape[1], *sides))
-            geometry = self.stride, self.padding, self.dilation
-            shapes["residual"] = torch.Size(out_shape(torch.empty(shapes["x"], device="meta"), self.weight, *geometry))
-
-        def like(name: str, t: Tensor) -> Tensor:
-            scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
-            return draw.like(t, shapes.get(name), positive=name == "running_var", scale=scale)
-
-        call = Call._make(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
-        if call.x.shape[0] > 1 and 0 not in call.x.stride():
-            call.x[-1, -1, -1, -1] = float("nan")
-        return call
-
-    def written(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def allow_tf32(self) -> bool:
-        return (
-            self.x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # made at import
-        )
+        if whole:
+            return self._drawn({})
+        extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True))
+        x = torch.Size((numerics.IMAGES, self.x.shape[1], *map(numerics.cropped, self.x.shape[2:], extents)))
+        geometry = self.stride, self.padding, self.dilation
+        residual = torch.Size(out_shape(torch.empty(x, device="meta"), self.weight, *geometry))
+        return self._drawn({"x": x, "residual": residual})
 
     def misaligned(self) -> str | None:
         """Which image does not start at a multiple of 16 bytes, or None."""
@@ -121,12 +100,6 @@ class Call(_Fields):
             if t is not None and t.data_ptr() % 16:
                 return name
         return None
-
-    def key(self) -> Hashable:
-        """All that a plan depends on."""
-        settings = torch.backends.cudnn
-        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode()
-        return metadata(self), self.allow_tf32(), flags
 
     def order(self) -> str:
         """What the registry orders backends by."""
@@ -146,13 +119,7 @@ class Call(_Fields):
     def _problem(self, *images: object) -> str:
         numbers = (*images, *self.weight.shape, *self.stride, *self.padding, *self.dilation, self.groups)
         flags = f"{'+add' if self.residual is not None else ''}{'+relu' if self.relu else ''}"
-        flags += "+tf32" * self.allow_tf32() + "+benchmark" * torch.backends.cudnn.benchmark
-        flags += "" if self.x.is_contiguous(memory_format=torch.channels_last) else "+nchw"
-        return f"{str(self.x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}"
-
-    def trial(self, backend: str) -> Callable[[], Tensor]:
-        """What is timed of a backend."""
-        return dispatch.trial(backend, self)
+        return f"{str(self.x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}{flags}{self._settings()}"
 
 
 def out_shape(

@@ -1,15 +1,14 @@
 """The schema of `stem`, its record of a call, and what it is in plain PyTorch and in `conv_bn_act`."""
 
-from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
 from ...dispatch import numerics
-from .._calls import BN, metadata, power_of_two
+from .._calls import power_of_two
+from .._convolution import ConvolutionCall
 from ..conv_bn_act import conv_bn_act
 
 SCHEMA = (
@@ -59,15 +58,11 @@ class _Fields(NamedTuple):
     std: Tensor | None
 
 
-class Call(_Fields):
+class Call(_Fields, ConvolutionCall):
     """One call of the registered operator: the schema's fields in its order."""
 
     __slots__ = ()
     op = name = "stem"
-
-    @property
-    def bn(self) -> BN:
-        return BN(self.bn_weight, self.bn_bias, self.running_mean, self.running_var)
 
     def reference(self) -> Tensor:
         return reference(*self[:6], eps=self.eps, mean=self.mean, std=self.std)
@@ -88,34 +83,8 @@ class Call(_Fields):
 
     def drawn(self, whole: bool = False) -> "Call":
         """A random call like this one, on a crop of two images unless the whole is asked for; one has a NaN."""
-        draw, shape = numerics.Draw(self.x.device), None
-        if not whole:
-            sides = (numerics.cropped(size, self.weight.shape[-1]) for size in self.x.shape[2:])
-            shape = torch.Size((numerics.IMAGES, self.x.shape[1], *sides))
-
-        def like(name: str, t: Tensor) -> Tensor:
-            scale = t[0].numel() ** -0.5 if name == "weight" else 1.0
-            positive = name in ("running_var", "std")
-            return draw.like(t, shape if name == "x" else None, positive=positive, scale=scale)
-
-        call = Call._make(like(n, a) if isinstance(a, Tensor) else a for n, a in zip(self._fields, self, strict=True))
-        if call.x.shape[0] > 1 and call.x.is_floating_point() and 0 not in call.x.stride():
-            call.x[-1, -1, -1, -1] = float("nan")
-        return call
-
-    def written(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def allow_tf32(self) -> bool:
-        return (
-            self.weight.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # made at import
-        )
-
-    def key(self) -> Hashable:
-        """All that a plan depends on."""
-        settings = torch.backends.cudnn
-        flags = settings.enabled, settings.deterministic, torch.get_deterministic_debug_mode()
-        return self.name, metadata(self), self.allow_tf32(), flags
+        sides = (numerics.cropped(size, self.weight.shape[-1]) for size in self.x.shape[2:])
+        return self._drawn({} if whole else {"x": torch.Size((numerics.IMAGES, self.x.shape[1], *sides))})
 
     def order(self) -> str:
         """What the registry orders backends by."""
@@ -134,13 +103,7 @@ class Call(_Fields):
         dtypes = "+".join(
             str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((self.x.dtype, self.weight.dtype))
         )
-        flags = "+tf32" * self.allow_tf32() + "+benchmark" * torch.backends.cudnn.benchmark
-        flags += "" if self.x.is_contiguous(memory_format=torch.channels_last) else "+nchw"
-        return f"stem {dtypes} {'x'.join(map(str, (*images, *self.weight.shape)))}{flags}"
-
-    def trial(self, backend: str) -> Callable[[], Tensor]:
-        """What is timed of a backend."""
-        return dispatch.trial(backend, self)
+        return f"stem {dtypes} {'x'.join(map(str, (*images, *self.weight.shape)))}{self._settings()}"
 
 
 def out_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
