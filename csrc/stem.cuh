@@ -66,9 +66,12 @@ __device__ __forceinline__ void multiply(const unsigned (&a)[4], unsigned b0, un
   }
 }
 
-// Values from 0 on, and NaN, are in the order of their bits.
-__device__ __forceinline__ uint4 max_of_bits(uint4 a, uint4 b) {
-  return {__vmaxu2(a.x, b.x), __vmaxu2(a.y, b.y), __vmaxu2(a.z, b.z), __vmaxu2(a.w, b.w)};
+// NaN where either is.
+template <typename T>
+__device__ __forceinline__ Pack<T, kGroup> max_of(Pack<T, kGroup> a, const Pack<T, kGroup>& b) {
+#pragma unroll
+  for (int k = 0; k < kGroup / 2; ++k) a.pairs[k] = __hmax2_nan(a.pairs[k], b.pairs[k]);
+  return a;
 }
 
 template <typename T>
@@ -146,9 +149,9 @@ __global__ void __launch_bounds__(kStemThreads, 2) stem_kernel(const StemParams 
     __syncthreads();
 
     float sums[2][kStemFilters / 8][4] = {};
-#pragma unroll
+#pragma unroll 2  // a row of the filter
     for (int step = 0; step < kStemK / 16; ++step) {
-      const int r = step / 2, half = step % 2;  // 4 of a filter row's 8 pixels
+      const int r = step / 2, half = step % 2;  // 4 of its 8 pixels
       unsigned a[2][4];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -199,14 +202,15 @@ __global__ void __launch_bounds__(kStemThreads, 2) stem_kernel(const StemParams 
       const int row = j / (kGroups * kStemPooledColumns);
       const int k = first_filter + group * kGroup;
       if (first_p + row >= P || first_q + column >= Q || k >= p.filters) continue;
-      uint4 most{};
+      Pack<T, kGroup> most;
 #pragma unroll
       for (int t = 0; t < 9; ++t) {
         const int pixel = (2 * row + t / 3) * kStemColumns + 2 * column + t % 3;
-        most = max_of_bits(most, *reinterpret_cast<const uint4*>(map + pixel * kStemMapPitch + group * kGroup));
+        const Pack<T, kGroup> value = load<kGroup>(map + pixel * kStemMapPitch + group * kGroup);
+        most = t == 0 ? value : max_of(most, value);
       }
       const int64_t pixel = (image * P + first_p + row) * Q + first_q + column;
-      *reinterpret_cast<uint4*>(static_cast<T*>(p.y) + pixel * p.filters + k) = most;
+      store(static_cast<T*>(p.y) + pixel * p.filters + k, most);
     }
   }
 }
