@@ -45,15 +45,14 @@ class _Explainer:
         self.rows: dict[nn.Module, Row] = {}  # by convolution or BN, or the module that stands in its place
         self.seen: set[nn.Module] = set()
         self.open: list[Row] = []
+        self.pool: nn.Module | None = None  # of the stem that is open, a module for itself where PyTorch pools
 
     def begin(
         self, step: layers.Step, unfusable: str | None, takes_over: bool = False, pool: nn.Module | None = None
     ) -> None:
         row = self._row(step, add=step.addend is not None, takes_over=takes_over)
-        if pool is not None:
-            row.modules += f" + {type(pool).__name__}"
-            self.seen.add(pool)
         self.open.append(row)
+        self.pool = pool
         if not registry.fuses(self.device):
             row.ran = [registry.PLAIN]
             row.why.append(
@@ -82,6 +81,9 @@ class _Explainer:
         ran = f"{'batch_norm_act' if op.startswith('batch_norm_act') else op}: {choice.backend}"  # in several operators
         if choice.gain is not None and choice.backend != registry.PLAIN:
             ran += f" ({choice.gain:.2f}x {rival})"
+        if op in _BY_OTHERS and self.pool is not None and self.pool not in self.seen:
+            row.modules += f" + {type(self.pool).__name__}"
+            self.seen.add(self.pool)
         row.ran += [ran] if ran not in row.ran else []
 
     def outside(self, module: nn.Module) -> None:

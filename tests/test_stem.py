@@ -98,6 +98,16 @@ def test_layouts_and_vectors(layout, bn, of_bytes, kernel):
     check(call, planned(kernel, call))
 
 
+@pytest.mark.gpu
+def test_more_tiles_than_the_device_runs_at_once():
+    """A block of the CUDA kernel goes from one tile to its next."""
+    if (reason := registry.unavailable("cuda", torch.device(DEVICE, 0))) is not None:
+        pytest.skip(reason)
+    at_once = 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    call = draw((at_once + 3, 3, 3, 4), 8, torch.float16)
+    check(call, planned(registry.implementation("cuda", "stem"), call))
+
+
 @pytest.mark.any_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
@@ -454,8 +464,9 @@ def test_where_the_kernel_is_wrong_the_convolution_is_fused(on_the_cpu):
     model, right = small(), trust.refused
     on_the_cpu.setattr(trust, "refused", lambda key, *args: "wrong" if key.startswith("stem/") else right(key, *args))
     with torch.no_grad():
-        row = explain(model, floats())[0]
+        row, *rest = explain(model, floats())
     assert row.ran == ["conv_bn_act: triton"] and "stem on triton: wrong" in row.why
+    assert row.modules == "Conv2d + BatchNorm2d + ReLU" and ["PyTorch"] in [r.ran for r in rest if r.layer == "maxpool"]
 
 
 @pytest.mark.parametrize("us, ran", [(5.0, "stem: triton (2.00x conv_bn_act + pooling)"), (20.0, "conv_bn_act: ")])
