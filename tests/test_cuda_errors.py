@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from resnet_fused.backends.cuda import extension
+from resnet_fused.ops.stem import Call
 
 pytestmark = pytest.mark.gpu
 
@@ -51,3 +52,26 @@ def test_a_residual_is_compared_with_the_output():
         conv(kernel=3, stride=(2, 2), padding=(1, 1), residual=image(1, 128, 8, 8))
     with pytest.raises(RuntimeError, match="residual must have the dtype of the output"):
         conv(residual=image(1, 128, 8, 8, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"weight": (8, 3, 7, 7), "dtype": torch.float32}, "weight must be float16 or bfloat16"),
+        ({"weight": (8, 3, 5, 5)}, r"weight must be a dense channels_last tensor \[K, C, 7, 7\]"),
+        ({"weight": (12, 3, 7, 7)}, "K a multiple of 8"),
+        ({"x": (1, 5, 8, 8)}, "with 1 to 4 channels; got"),
+        ({"x": (1, 3, 0, 8)}, "x must have images of 1 pixel or more"),
+        ({"x": (1, 3, 8, 8), "dtype": torch.bfloat16}, "x must be .* of weight's dtype or of bytes"),
+        ({"x": (1, 3, 8, 8), "dtype": torch.uint8}, "mean must be given where x is of bytes"),
+        ({"running_var": (3,)}, "bn_var must have shape"),
+    ],
+)
+def test_a_stem_that_the_kernel_does_not_run_is_refused(changes, reason):
+    dtype = changes.get("dtype", torch.float16)
+    given = {n: torch.ones(shape, dtype=dtype, device="cuda") for n, shape in changes.items() if n != "dtype"}
+    given = {n: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for n, t in given.items()}
+    vector = torch.ones(8, device="cuda")
+    call = Call(image(1, 3, 8, 8), image(8, 3, 7, 7), None, None, vector, vector, 1e-5, None, None)
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.resnet_fused_cuda.stem(*call._replace(**given))
