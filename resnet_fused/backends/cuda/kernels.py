@@ -63,28 +63,16 @@ def conv_bn_act(
     )
 
 
-def stem(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    mean: Tensor | None,
-    std: Tensor | None,
-) -> Tensor:
-    """Max pooling of ReLU of BN of a 7x7 convolution, in one kernel; y [N, K, P, Q] in channels_last.
+def stem(*args) -> Tensor:
+    """Max pooling of ReLU of BN of a 7x7 convolution in one kernel, of `ops.stem.Call`'s fields; y in channels_last.
 
-    x: [N, C, H, W] of any strides, of weight's dtype, or bytes with mean and std [C]; weight: [K, C, 7, 7], float16 or
-    bfloat16, dense channels_last; C is 4 at most, K a multiple of 8.
+    x: [N, C, H, W] of any strides, C 4 at most; weight: [K, C, 7, 7], float16 or bfloat16, dense channels_last, K a
+    multiple of 8; vectors contiguous.
 
     Raises:
         RuntimeError: an argument has another shape, dtype, layout or device, or the launch failed.
     """
-    return torch.ops.resnet_fused_cuda.stem.default(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, eps, mean, std
-    )
+    return torch.ops.resnet_fused_cuda.stem.default(*args)
 
 
 def statistics(*args):
