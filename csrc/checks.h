@@ -70,13 +70,13 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& x, const
   check_activation(t, name);
 }
 
-inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& x) {
+inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& x, const char* like = "x") {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1), name, " must have shape [", x.size(1),
-                  "], one value per channel of x ", shape(x), ", got ", shape(t));
+                  "], one value per channel of ", like, " ", shape(x), ", got ", shape(t));
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), name,
-                  " must be float32 or have x's dtype; its shape is ", shape(t));
+                  " must be float32 or have the dtype of ", like, "; its shape is ", shape(t));
   STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) == 1, name, " must be contiguous, got ", layout(t));
-  STD_TORCH_CHECK(same_device(t, x), name, " must be on x's device; its shape is ", shape(t));
+  STD_TORCH_CHECK(same_device(t, x), name, " must be on the device of ", like, "; its shape is ", shape(t));
 }
 
 }  // namespace resnet_fused

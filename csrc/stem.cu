@@ -9,8 +9,6 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int64_t kBlocksAtOnce = 2;  // of a multiprocessor
-
 template <typename T>
 void launch_stem(const StemParams& p, bool of_bytes, dim3 grid, cudaStream_t stream) {
   const auto kernel = of_bytes ? stem_kernel<T, uint8_t> : stem_kernel<T, T>;
@@ -40,6 +38,7 @@ Tensor stem(const Tensor& x, const Tensor& weight, const OptionalTensor& bn_weig
                   "x must be [N, C, H, W] of weight's dtype or of bytes, with 1 to ", kStemDepth, " channels; got ",
                   shape(x));
   STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "x must have images of 1 pixel or more, got ", shape(x));
+  STD_TORCH_CHECK(std::max(x.size(2), x.size(3)) < int64_t{1} << 30, "x must have sides below 2^30, got ", shape(x));
   STD_TORCH_CHECK(is_dense_channels_last(weight) && weight.size(1) == x.size(1) && weight.size(2) == 7 &&
                       weight.size(3) == 7 && weight.size(0) % kGroup == 0 && same_device(weight, x),
                   "weight must be a dense channels_last tensor [K, C, 7, 7] on x's device, K a multiple of ", kGroup,
@@ -51,7 +50,12 @@ Tensor stem(const Tensor& x, const Tensor& weight, const OptionalTensor& bn_weig
   Tensor y = torch::stable::empty(result, dtype, std::nullopt, x.device(), std::nullopt,
                                   torch::headeronly::MemoryFormat::ChannelsLast);
   StemParams p{};
-  p.bn = to_batch_norm(bn_weight, bn_bias, running_mean, running_var, "bn_", y);
+  const auto vector = [&](const OptionalTensor& t, const char* name) -> Vector {
+    if (t) check_channel_vector(*t, name, y, "the result");
+    return {data_or_null(t), t && t->scalar_type() == ScalarType::Float};
+  };
+  p.bn = {vector(bn_weight, "bn_weight"), vector(bn_bias, "bn_bias"), vector(running_mean, "running_mean"),
+          vector(running_var, "running_var")};
   p.mean = pixel_values(mean, "mean", x, of_bytes);
   p.std = pixel_values(std, "std", x, of_bytes);
   if (y.numel() == 0) return y;
@@ -75,7 +79,7 @@ Tensor stem(const Tensor& x, const Tensor& weight, const OptionalTensor& bn_weig
   p.tiles = static_cast<unsigned>(tiles);
   int processors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  const dim3 grid(static_cast<unsigned>(std::min(tiles, kBlocksAtOnce * processors)),
+  const dim3 grid(static_cast<unsigned>(std::min(tiles, int64_t{kStemBlocks} * processors)),
                   static_cast<unsigned>(ceil_div(K, kStemFilters)));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));

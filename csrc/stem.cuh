@@ -32,6 +32,7 @@ constexpr int kStemFilters = 64;
 constexpr int kStemPooledRows = 3, kStemPooledColumns = 15;
 constexpr int kStemRows = 2 * kStemPooledRows + 1, kStemColumns = 32;  // of the convolution
 constexpr int kStemThreads = kStemRows * kWarp;
+constexpr int kStemBlocks = 2;  // of a multiprocessor, where its shared memory has room
 constexpr int kStemImageRows = 2 * (kStemRows - 1) + 7, kStemImageColumns = 2 * (kStemColumns - 1) + kStemTaps;
 constexpr int kStemK = 7 * kStemTaps * kStemDepth;
 constexpr int kStemWeightPitch = kStemK + 8;     // elements; 8 rows fall on banks of their own
@@ -88,7 +89,7 @@ __device__ __forceinline__ void load_stem_weights(const StemParams& p, int first
   }
 }
 
-// Pixels around (row, column) of an image; what is outside it is 0, of bytes 0 of what is normalised.
+// Pixels from (row, column) of an image on; what is outside it is 0, of bytes 0 of what is normalised.
 template <typename T, typename X>
 __device__ __forceinline__ void load_stem_image(const StemParams& p, const X* image, int row, int column, T* tile) {
   float scale[kStemDepth], shift[kStemDepth];
@@ -120,7 +121,7 @@ __device__ __forceinline__ void load_stem_image(const StemParams& p, const X* im
 }
 
 template <typename T, typename X>
-__global__ void __launch_bounds__(kStemThreads, 2) stem_kernel(const StemParams p) {
+__global__ void __launch_bounds__(kStemThreads, kStemBlocks) stem_kernel(const StemParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   T* const weights = reinterpret_cast<T*>(shared);
   T* const tile = weights + kStemWeightSize;                                                // of the image

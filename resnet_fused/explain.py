@@ -45,7 +45,8 @@ class _Explainer:
         self.rows: dict[nn.Module, Row] = {}  # by convolution or BN, or the module that stands in its place
         self.seen: set[nn.Module] = set()
         self.open: list[Row] = []
-        self.pool: nn.Module | None = None  # of the stem that is open, a module for itself where PyTorch pools
+        self.pool: nn.Module | None = None  # of the stem that is open, and not yet served with it
+        self.pools: set[nn.Module] = set()  # that a stem asked for
 
     def begin(
         self, step: layers.Step, unfusable: str | None, takes_over: bool = False, pool: nn.Module | None = None
@@ -53,6 +54,8 @@ class _Explainer:
         row = self._row(step, add=step.addend is not None, takes_over=takes_over)
         self.open.append(row)
         self.pool = pool
+        if pool is not None:
+            self.pools.add(pool)
         if not registry.fuses(self.device):
             row.ran = [registry.PLAIN]
             row.why.append(
@@ -81,14 +84,16 @@ class _Explainer:
         ran = f"{'batch_norm_act' if op.startswith('batch_norm_act') else op}: {choice.backend}"  # in several operators
         if choice.gain is not None and choice.backend != registry.PLAIN:
             ran += f" ({choice.gain:.2f}x {rival})"
-        if op in _BY_OTHERS and self.pool is not None and self.pool not in self.seen:
+        if op in _BY_OTHERS and self.pool is not None:
             row.modules += f" + {type(self.pool).__name__}"
             self.seen.add(self.pool)
+            self.pool = None
         row.ran += [ran] if ran not in row.ran else []
 
     def outside(self, module: nn.Module) -> None:
         kind = type(module).__name__
-        self.rows[module] = Row(self.names[module], kind, [_OUTSIDE], [f"no fused kernel replaces {kind}"])
+        why = "the stem's row says why" if module in self.pools else f"no fused kernel replaces {kind}"
+        self.rows[module] = Row(self.names[module], kind, [_OUTSIDE], [why])
 
     def _row(self, step: layers.Step | Fusable, add: bool = False, takes_over: bool = False) -> Row:
         """takes_over: the BN adds what the block before it left unadded."""

@@ -26,7 +26,12 @@ ROOT = Path(__file__).parents[1]
 PTXAS_NOTES = {"C7508": "setmaxnreg is ignored", "C7510": "wgmma is serialised"}
 MOST_MIB = 30
 KINDS = ("ConvUniversal", "GemmUniversal", "ImplicitGemmConvolution")
-MATRIX_INSTRUCTIONS = dict(zip((*KINDS, "stem_kernel"), ("HGMMA.", "HGMMA.", "HMMA.", "HMMA."), strict=True))
+MATRIX_INSTRUCTIONS = {
+    "ConvUniversal": "HGMMA.",
+    "GemmUniversal": "HGMMA.",
+    "ImplicitGemmConvolution": "HMMA.",
+    "stem_kernel": "HMMA.",
+}
 
 
 def cuobjdump(*args: str | Path) -> str:

@@ -64,7 +64,7 @@ def test_a_residual_is_compared_with_the_output():
         ({"x": (1, 3, 0, 8)}, "x must have images of 1 pixel or more"),
         ({"x": (1, 3, 8, 8), "dtype": torch.bfloat16}, "x must be .* of weight's dtype or of bytes"),
         ({"x": (1, 3, 8, 8), "dtype": torch.uint8}, "mean must be given where x is of bytes"),
-        ({"running_var": (3,)}, "bn_var must have shape"),
+        ({"running_var": (3,)}, r"running_var must have shape \[8\], one value per channel of the result"),
     ],
 )
 def test_a_stem_that_the_kernel_does_not_run_is_refused(changes, reason):

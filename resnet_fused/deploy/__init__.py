@@ -97,9 +97,10 @@ def deploy(model: nn.Module, example: Tensor, *, engine: str = "auto") -> Deploy
     if engine not in ("auto", "pytorch", *ENGINES):
         raise ValueError(f"engine must be one of auto, pytorch, {', '.join(ENGINES)}; got {engine!r}")
     _check(model, example)
-    deployed = _made(engine, model, example)
-    _give_back()
-    return deployed
+    try:
+        return _made(engine, model, example)
+    finally:
+        _give_back()
 
 
 def _made(engine: str, model: nn.Module, example: Tensor) -> Deployed:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..dispatch.registry import BackendUnavailable
 from .export import export
 from .lower import computed_in
 
+_CORE_LOCK = threading.Lock()
 SHAPES = 4  # compiled for each, each with weights of its own
 Run = Callable[[Tensor], Tensor]
 Engine = Callable[[nn.Module, Tensor], Run]
@@ -52,7 +54,8 @@ def openvino(model: nn.Module, example: Tensor) -> Run:
         "INFERENCE_PRECISION_HINT": precisions[dtype],
         "PERFORMANCE_HINT": "LATENCY",
     }
-    core = _core(ov)
+    with _CORE_LOCK:
+        core = _core(ov)
     with tempfile.TemporaryDirectory() as folder:
         path = _onnx(model, example, folder)
         read = core.read_model(path.read_bytes())

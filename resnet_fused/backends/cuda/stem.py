@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from ..conv import vectors_unsupported
-from ..layout import given
+from ..layout import dense, given, is_dense
 from . import kernels
 
 if TYPE_CHECKING:
     from ...ops.stem import Call
 
 _MOST_CHANNELS = 4  # of x
-_GROUP = 8  # channels of the result are written at once
-_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var", "mean", "std")
+_GROUP = 8  # channels of the result that are written at once
 _TILE = (12, 60)  # pixels of x
 
 
@@ -28,8 +27,8 @@ def unsupported(call: "Call") -> str | None:
         return f"x has {C} channels; the kernel serves 1 to {_MOST_CHANNELS}"
     if K % _GROUP:
         return f"weight has {K} filters; the kernel serves multiples of {_GROUP}"
-    if N * -(-H // _TILE[0]) * -(-W // _TILE[1]) >= 2**31:
-        return f"x has 2^31 tiles of {_TILE[0]} x {_TILE[1]} pixels or more; the kernel serves fewer"
+    if max(H, W) >= 2**30 or N * -(-H // _TILE[0]) * -(-W // _TILE[1]) >= 2**31:
+        return f"x is {N} images of {H} x {W} pixels; the kernel serves sides below 2^30, and fewer than 2^31 tiles"
     return vectors_unsupported(call.weight, call.bn)
 
 
@@ -42,9 +41,6 @@ def kernel_class(call: "Call", config: None) -> str:
 
 
 def plan(call: "Call", config: None) -> Callable[["Call"], Tensor]:
-    def run(call: "Call") -> Tensor:
-        vectors = {n: v.contiguous() for n, v in call._asdict().items() if n in _VECTORS and v is not None}
-        weight = call.weight.contiguous(memory_format=torch.channels_last)
-        return kernels.stem(*call._replace(weight=weight, **vectors))
-
-    return run
+    if all(map(is_dense, call[1:])):
+        return lambda call: kernels.stem(*call)
+    return lambda call: kernels.stem(call.x, *(dense(a) if isinstance(a, Tensor) else a for a in call[1:]))

@@ -83,7 +83,7 @@ class Call(_Fields, ConvolutionCall):
 
     def drawn(self, whole: bool = False) -> "Call":
         """A random call like this one, on a crop of two images unless the whole is asked for; one has a NaN."""
-        sides = (numerics.cropped(size, self.weight.shape[-1]) for size in self.x.shape[2:])
+        sides = (numerics.cropped(size, 64) for size in self.x.shape[2:])  # several tiles of every kernel
         return self._drawn({} if whole else {"x": torch.Size((numerics.IMAGES, self.x.shape[1], *sides))})
 
     def order(self) -> str:
