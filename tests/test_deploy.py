@@ -262,6 +262,7 @@ def test_images_of_bytes(engine, dtype):
 
 TWO_AND_CTRL_C = """
 import os, resnet_fused, signal, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 model, x = resnet_fused.cifar_resnet20().eval(), torch.zeros(1, 3, 32, 32)
 first, second = (resnet_fused.deploy(model, x, engine="openvino") for _ in range(2))
 del first
