@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from resnet_fused import bench
-from resnet_fused.bench.conditions import commit
+from resnet_fused.bench.conditions import same_sources
 
 
-def kept(path: Path) -> list[dict]:
-    """The reports of a file that this commit wrote."""
+def kept(path: Path, device: torch.device) -> list[dict]:
+    """The reports of a file that these sources wrote."""
     reports = json.loads(path.read_text()) if path.exists() else []
-    return [report for report in reports if report["conditions"]["commit"] == commit()]
+    now = bench.conditions(device)
+    return [report for report in reports if same_sources(report["conditions"], now)]
 
 
 def main() -> int:
@@ -40,7 +41,7 @@ def main() -> int:
     ok = True
     for dtype in args.dtypes:
         path = args.out / bench.result_name(args.suite, dtype, "nhwc", device)
-        reports = kept(path) if args.resume else []
+        reports = kept(path, device) if args.resume else []
         have = {(report["model"], report["batch"], tuple(report.get("asked_for") or ())) for report in reports}
         for model in args.models:
             for batch in args.batches:

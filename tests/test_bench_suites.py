@@ -85,11 +85,10 @@ def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
             raise KeyboardInterrupt
         return made.append(key) or {"value": key}
 
-    def run(keys, resume, head, commit="a"):
+    def run(keys, resume, head, commit="a", release="1.0"):
         rows = [(key, lambda key=key: make(key)) for key in keys]
-        return collect.collect(
-            head | {"conditions": {"commit": commit, "load": len(made)}}, rows, path, resume, lambda row: row["key"]
-        )
+        head = head | {"conditions": {"commit": commit, "resnet_fused": release, "load": len(made)}}
+        return collect.collect(head, rows, path, resume, lambda row: row["key"])
 
     with pytest.raises(KeyboardInterrupt):
         run(["a", "b", "broken"], True, {"task": "ops"})
@@ -100,6 +99,11 @@ def test_rows_go_on_where_a_run_was_cut_off(tmp_path):
         run(["a"], True, {"task": "parity"})
     assert len(run(["a"], True, {"task": "ops"}, commit="b")["rows"]) == 1 and made[-1] == "a"
     assert len(run(["a"], False, {"task": "parity"})["rows"]) == 1
+    # without a checkout the release tells the sources
+    made.clear()
+    for release in ("1.0", "1.0", "1.1"):
+        run(["a"], True, {"task": "parity"}, None, release)
+    assert made == ["a", "a"]
 
 
 def test_ops_times_right_operators_and_no_wrong_one(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .conditions import same_sources
 from .report import write_json
 
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ def kept(path: Path, head: Row) -> list[Row]:
         before = json.loads(path.read_text())
         same = all(before[key] == value for key, value in head.items() if key != "conditions")
         if same:
-            return before["rows"] if before["conditions"]["commit"] == head["conditions"]["commit"] else []
+            return before["rows"] if same_sources(before["conditions"], head["conditions"]) else []
     except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"--resume: {path} holds something else; remove it, or leave --resume out")

@@ -60,6 +60,11 @@ def commit() -> str | None:
     return found.stdout.strip() + "+" * bool(edited)
 
 
+def same_sources(conditions: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether one commit measured both; without a checkout, one release."""
+    return all(conditions.get(name) == others.get(name) for name in ("commit", "resnet_fused"))
+
+
 def result_name(task: str, dtype: str, layout: str, device: torch.device) -> str:
     """The name of a result file: task-dtype-layout-torch-cuda-device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_cpu_name()}"
