@@ -37,13 +37,51 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, const 
   return {mean, m2, sum};
 }
 
+std::tuple<Tensor, Tensor, Tensor> merge_ranks(const Tensor& ranks, const OptionalTensor& running_mean,
+                                               const OptionalTensor& running_var, double momentum) {
+  STD_TORCH_CHECK(ranks.dim() == 2 && ranks.size(0) > 0 && ranks.size(1) % 2 == 1 && ranks.is_contiguous() &&
+                      ranks.scalar_type() == ScalarType::Float && ranks.is_cuda(),
+                  "ranks must be a contiguous float32 CUDA tensor [ranks, 2 * channels + 1]; its shape is ",
+                  shape(ranks));
+  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+                  "running_mean and running_var must be given together");
+  const DeviceGuard guard(ranks.get_device_index());
+  const int64_t channels = ranks.size(1) / 2;
+  const auto running = [&](const OptionalTensor& t, const char* name) -> float* {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels && t->is_contiguous() &&
+                        t->scalar_type() == ScalarType::Float && same_device(*t, ranks),
+                    name, " must be a contiguous float32 tensor [", channels, "] on the device of ranks; its shape is ",
+                    shape(*t));
+    return t->mutable_data_ptr<float>();
+  };
+  Tensor mean = empty_vector(ranks, channels);
+  Tensor var = empty_vector(ranks, channels);
+  Tensor count = torch::stable::new_empty(ranks, {});
+  const MergeRanksParams params{ranks.const_data_ptr<float>(),
+                                mean.mutable_data_ptr<float>(),
+                                var.mutable_data_ptr<float>(),
+                                count.mutable_data_ptr<float>(),
+                                running(running_mean, "running_mean"),
+                                running(running_var, "running_var"),
+                                static_cast<float>(momentum),
+                                ranks.size(0),
+                                channels};
+  launch(plan_merge_ranks(params), params, "merge_ranks", ranks);
+  return {mean, var, count};
+}
+
 }  // namespace
 }  // namespace resnet_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("batch_norm_statistics(Tensor x, Tensor? pre_add) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "merge_ranks(Tensor ranks, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
   m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fused::batch_norm_statistics));
+  m.impl("merge_ranks", TORCH_BOX(&resnet_fused::merge_ranks));
 }

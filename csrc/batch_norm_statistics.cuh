@@ -24,6 +24,19 @@ struct MergeStatisticsParams {
   Tiling tiling;
 };
 
+// What several processes found, as the whole batch's.
+struct MergeRanksParams {
+  const float* ranks;   // [world, 2 * channels + 1]: every rank's means, M2 and count
+  float* mean;          // [channels]
+  float* var;           // [channels]
+  float* count;         // []
+  float* running_mean;  // [channels] or null, as the next
+  float* running_var;
+  float momentum;
+  int64_t world;
+  int64_t channels;
+};
+
 template <int kVec>
 struct Moments {
   float count;
@@ -175,6 +188,23 @@ __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(const MergeS
   }
 }
 
+// Rank by rank; one may have counted nothing.
+__global__ void __launch_bounds__(kThreads) merge_ranks_kernel(const MergeRanksParams p) {
+  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (channel >= p.channels) return;
+  Moments<1> merged{};
+  for (int64_t rank = 0; rank < p.world; ++rank) {
+    const float* const own = p.ranks + rank * (2 * p.channels + 1);
+    merge(merged, {own[2 * p.channels], {own[channel]}, {own[p.channels + channel]}});
+  }
+  p.mean[channel] = merged.mean[0];
+  p.var[channel] = merged.m2[0] / merged.count;
+  if (channel == 0) *p.count = merged.count;
+  if (p.running_mean == nullptr) return;
+  p.running_mean[channel] += (merged.mean[0] - p.running_mean[channel]) * p.momentum;
+  p.running_var[channel] += (merged.m2[0] / (merged.count - 1.f) - p.running_var[channel]) * p.momentum;
+}
+
 inline Tiling tile_statistics(int64_t rows, int64_t channels, bool pre_add) {
   return tile(rows, channels, kProcessors * (pre_add ? kStatisticsBlocks<true> : kStatisticsBlocks<false>));
 }
@@ -194,6 +224,10 @@ inline Launch<MergeStatisticsParams> plan_merge_statistics(const MergeStatistics
   const auto kernel =
       dispatch(dtype, true, [](auto type, auto) { return merge_statistics_kernel<typename decltype(type)::type>; });
   return {kernel, ceil_div(p.tiling.channels, kMergeChannels)};
+}
+
+inline Launch<MergeRanksParams> plan_merge_ranks(const MergeRanksParams& p) {
+  return {merge_ranks_kernel, ceil_div(p.channels, kThreads)};
 }
 
 }  // namespace resnet_fused

@@ -145,6 +145,8 @@ def training_launches(dtype: torch.dtype) -> Iterator[Launch]:
     with recorded() as launches:
         batch_norm_train.statistics(x)
         batch_norm_train.statistics(x, x)
+        for running in (bn[:2], [None, None]):
+            batch_norm_train.merge_ranks(torch.empty((8, 513), device="meta"), *running, 0.1)
         for pre_add, running in [(None, bn[:2]), (x, bn[:2]), (None, [None, None])]:
             batch_norm_train.plan_batch_statistics(x, pre_add, *running)(x, pre_add, *running, 0.1)
         mask = batch_norm_train.apply_with_mask(x, *bn, 1e-5, x)[1]
@@ -288,7 +290,7 @@ def takes_means(launch: Launch) -> bool:
     name, arguments = launch.kernel.__name__, launch.arguments
     if name == "dx_kernel":
         return arguments["sum_xhat"] is not None
-    return name == "statistics_kernel" or (name == "merge_kernel" and "M" in arguments)
+    return name in ("statistics_kernel", "merge_ranks_kernel") or (name == "merge_kernel" and "M" in arguments)
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

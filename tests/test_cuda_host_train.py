@@ -20,7 +20,7 @@ from resnet_fused.testing import DTYPES, largest
 
 pytestmark = pytest.mark.skipif(host_cuda.unavailable() is not None, reason=str(host_cuda.unavailable()))
 
-STEPS = ("statistics", "apply_with_mask", "backward_sums", "backward_dx")
+STEPS = ("statistics", "merge_ranks", "apply_with_mask", "backward_sums", "backward_dx")
 ids = {"ids": lambda v: str(v).removeprefix("torch.")}
 
 

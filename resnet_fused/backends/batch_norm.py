@@ -33,16 +33,8 @@ def plan(call: Any, planners: dict[str, Planner]) -> Run:
     """The step that the call is of, with every tensor made dense."""
     copies = not all(map(is_dense, call))
     call = dense_call(call)
-    if call.step in ("training", "backward"):
-        run_call = {"training": _training, "backward": _backward}[call.step](call, planners)
-        return partial(_on_copies, run_call) if copies else run_call
-    run = _apply(call, planners) if call.step == "apply" else planners[call.step](*call)
-
-    def run_step(call: Any) -> Results:
-        call = dense_call(call) if copies else call
-        return filled(run(*call), call.mean if call.step == "backward_sums" else call[0])
-
-    return run_step
+    run = {"training": _training, "backward": _backward}.get(call.step, _step)(call, planners)
+    return partial(_on_copies, run) if copies else run
 
 
 def _on_copies(run: Run, call: Any) -> Results:
@@ -53,6 +45,11 @@ def _on_copies(run: Run, call: Any) -> Results:
         if mine.data_ptr() != written.data_ptr():
             mine.copy_(written)
     return results
+
+
+def _step(call: Any, planners: dict[str, Planner]) -> Run:
+    run = _apply(call, planners) if call.step == "apply" else planners[call.step](*call)
+    return lambda call: filled(run(*call), call.mean if call.step == "backward_sums" else call[0])
 
 
 def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., Results]:

@@ -212,6 +212,23 @@ def statistics(x, pre_add=None, max_blocks=0, seed=0, csrc=CSRC) -> tuple[Tensor
     return mean.check(), m2.check(), _checked(x, total)
 
 
+def merge_ranks(ranks, running_mean, running_var, momentum, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    C = ranks.shape[1] // 2
+    outputs, given = [_vector(C), _vector(C), _vector(1)], [running_mean, running_var]
+    copies = [None if t is None else _vector(C) for t in given]
+    for t, copy in zip(given, copies, strict=True):
+        if t is not None:
+            copy.tensor.copy_(t)
+    tensors = [o.tensor for o in outputs], map(_tensor, copies)
+    kernels, run = library("batch_norm_statistics"), Run(0, 0, seed)
+    call(kernels, "merge_ranks", _guard(ranks), run, ctypes.c_float(momentum), *tensors[0], *tensors[1])
+    for t, copy in zip(given, copies, strict=True):
+        if t is not None:
+            t.copy_(copy.check())
+    mean, var, count = (o.check() for o in outputs)
+    return mean, var, count.view(())
+
+
 def backward_sums(
     dy, z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, relu_mask, relu, max_blocks=0, seed=0
 ) -> tuple[Tensor, Tensor, Tensor]:

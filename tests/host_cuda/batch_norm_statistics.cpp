@@ -21,3 +21,11 @@ EXPORT const char* statistics(Inputs in, Run run, DType dtype, int64_t rows, int
   const MergeStatisticsParams merge{z, partial, partial_m2, mean, m2, tiling};
   return run_on_host(plan_merge_statistics(merge, dtype), merge, run);
 }
+
+// in: ranks [world, width]
+EXPORT const char* merge_ranks(Inputs in, Run run, DType, int64_t world, int64_t width, float momentum, float* mean,
+                               float* var, float* count, float* running_mean, float* running_var) {
+  const auto* const ranks = static_cast<const float*>(in.data[0]);
+  const MergeRanksParams params{ranks, mean, var, count, running_mean, running_var, momentum, world, width / 2};
+  return run_on_host(plan_merge_ranks(params), params, run);
+}

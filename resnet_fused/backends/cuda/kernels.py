@@ -80,6 +80,11 @@ def statistics(*args):
     return torch.ops.resnet_fused_cuda.batch_norm_statistics.default(*args)
 
 
+def merge_ranks(*args):
+    """As `triton.batch_norm_train.merge_ranks`."""
+    return torch.ops.resnet_fused_cuda.merge_ranks.default(*args)
+
+
 def apply_with_mask(*args):
     """As `triton.batch_norm_train.apply_with_mask`."""
     return torch.ops.resnet_fused_cuda.batch_norm_act_mask.default(*args)

@@ -9,6 +9,7 @@ from .batch_norm_train import (
     plan_backward_dx,
     plan_backward_sums,
     plan_batch_statistics,
+    plan_merge_ranks,
     plan_statistics,
 )
 from .launch import compiled_class
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 PLANNERS: dict[str, batch_norm.Planner] = {
     "statistics": plan_statistics,
     "batch_statistics": plan_batch_statistics,
+    "merge_ranks": plan_merge_ranks,
     "apply": plan_apply,
     "apply_with_mask": plan_apply_with_mask,
     "backward_sums": plan_backward_sums,

@@ -22,6 +22,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "apply_with_mask_kernel": ("y", "relu_mask"),
     "statistics_kernel": ("total", "partial"),
     "batch_norm_train.forward.merge_kernel": ("mean", "m2", "var", "running_mean", "running_var"),
+    "merge_ranks_kernel": ("mean", "var", "count", "running_mean", "running_var"),
     "sums_kernel": ("partial",),
     "batch_norm_train.backward.merge_kernel": ("sum_dz", "sum_xhat", "sum_rhat"),
     "dx_kernel": ("dx", "dresidual"),

@@ -29,9 +29,10 @@ from ...dispatch import plans, registry
 from .. import _checks
 from .._calls import BN, NO_BN
 from .._short import batched, plain, unwatched
-from . import calls, formulas
+from . import calls, formulas, ranks
 from .calls import ApplyCall
 from .one_call import keyed, train
+from .ranks import RanksCall
 from .reference import Vectors, reference
 from .tape import tape
 from .training import TrainingCall
@@ -49,29 +50,23 @@ class _Options(NamedTuple):
     eps: float
     relu: bool
     group: dist.ProcessGroup | None  # over which the statistics are gathered
+    momentum: float
+    running: tuple[Tensor | None, Tensor | None]  # what the merge of the ranks' statistics writes, as the next
+    running2: tuple[Tensor | None, Tensor | None]
 
 
-def _statistics(o: _Options, x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _statistics(
+    o: _Options, x: Tensor, pre_add: Tensor | None, running: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """mean and variance [C] of the whole batch over every rank, its count [] (None: x's own), and x + pre_add."""
     fused = o.fused and x.numel() > 0  # a rank may have no images
     mean, m2, total = (_FUSED if fused else _PLAIN)[0](x, pre_add)
     own = x.numel() // x.shape[1]
     if o.group is None:
         return mean, m2 / own, None, total
-    mean, m2, count = _gather(mean, m2, torch.full((), own, dtype=mean.dtype, device=x.device), o.group)
-    return mean, m2 / count, count, total
-
-
-def _gather(mean: Tensor, m2: Tensor, count: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Chan's merge of every rank's statistics, in rank order: all ranks get the same bits."""
-    own = torch.cat([count.view(1), mean, m2])
-    ranks = own.new_empty(dist.get_world_size(group) * own.numel())
-    dist.all_gather_into_tensor(ranks, own, group)
-    counts, means, m2s = ranks.view(-1, own.numel()).split([1, mean.numel(), mean.numel()], 1)
-    count = counts.sum()
-    pivot = means[0]
-    merged = pivot + ((means - pivot) * counts).sum(0) / count
-    return merged, (m2s + (means - merged).square() * counts).sum(0), count
+    gathered = RanksCall(ranks.gather(mean, m2, own, o.group), *running, o.momentum)
+    mean, var, count = ranks.merge(*gathered) if o.fused else gathered.plain()
+    return mean, var, count, total
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -82,9 +77,9 @@ class _BatchNormAct(torch.autograd.Function):
         apply = (_FUSED if o.fused else _PLAIN)[1]
         count, total, add = None, None, pre_add
         if o.batch_statistics:
-            mean, var, count, total = tape.through(lambda: _statistics(o, x, pre_add))
+            mean, var, count, total = tape.through(lambda: _statistics(o, x, pre_add, o.running))
             if o.two_bn:
-                mean2, var2, _, _ = tape.through(lambda: _statistics(o, residual, None))
+                mean2, var2, _, _ = tape.through(lambda: _statistics(o, residual, None, o.running2))
             add = None
             if pre_add is not None and total.numel() == 0:  # replayed
                 total = x + pre_add
@@ -243,10 +238,12 @@ def batch_norm_act(
         return y if pre_add is None else (y, total)
     if short and fused and plain(call):
         return train(key, call)
-    o = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group)
+    merges = training and group is not None and not torch.compiler.is_compiling()  # with the ranks'
+    running = (bn[2:], bn2[2:]) if merges else ((None, None),) * 2
+    o = _Options(fused, batch_statistics, residual_bn is not None, eps, act == "relu", group, float(momentum), *running)
     args = (x, *bn, residual, *bn2, pre_add, o)
     y, total, mean, var, mean2, var2, count = _BatchNormAct.apply(*args)
-    if training:
+    if training and not merges:
         count = x.numel() // x.shape[1] if count is None else count
         if not tape.replays:
             formulas.update_running(running_mean, running_var, mean, var, count, momentum)

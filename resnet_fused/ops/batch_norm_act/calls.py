@@ -293,12 +293,12 @@ def _image(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _register(schema: str, record: type[StepCall]) -> Callable[..., Any]:
+def register_step(schema: str, record: type[Step]) -> Callable[..., Any]:
     return register(schema, lambda *args: dispatch.serve(record(*args)), record._fake)
 
 
 registry.add_operator(Step.op)
-statistics = _register(STATISTICS, StatisticsCall)
-apply = _register(APPLY, ApplyCall)
-backward_sums = _register(SUMS, SumsCall)
-backward_dx = _register(DX, DxCall)
+statistics = register_step(STATISTICS, StatisticsCall)
+apply = register_step(APPLY, ApplyCall)
+backward_sums = register_step(SUMS, SumsCall)
+backward_dx = register_step(DX, DxCall)

@@ -24,6 +24,22 @@ def statistics(x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     return mean, (z - _column(mean)).square().sum((0, 2, 3)), total
 
 
+def split_ranks(ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every rank's means [ranks, C], M2 [ranks, C] and count [ranks, 1], of [ranks, 2 C + 1]."""
+    C = ranks.shape[1] // 2
+    means, m2s, counts = ranks.split([C, C, 1], 1)
+    return means, m2s, counts
+
+
+def merge_ranks(ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean [C], var [C] and count [] of the whole batch, by Chan's formula; a rank may have counted nothing."""
+    means, m2s, counts = split_ranks(ranks)
+    count = counts.sum()
+    pivot = means[0]
+    mean = pivot + ((means - pivot) * counts).sum(0) / count
+    return mean, (m2s + (means - mean).square() * counts).sum(0) / count, count
+
+
 def _normalize(z: Tensor, weight, bias, mean, var, eps: float) -> Tensor:
     if mean is None:
         return _wide(z)
