@@ -75,3 +75,21 @@ def test_a_stem_that_the_kernel_does_not_run_is_refused(changes, reason):
     call = Call(image(1, 3, 8, 8), image(8, 3, 7, 7), None, None, vector, vector, 1e-5, None, None)
     with pytest.raises(RuntimeError, match=reason):
         torch.ops.resnet_fused_cuda.stem(*call._replace(**given))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"ranks": (2, 6)}, r"ranks must be .*\[ranks, 2 \* channels \+ 1\]; its shape is \[2, 6\]"),
+        ({"ranks": (0, 7)}, "ranks must be"),
+        ({"ranks": (2, 7), "dtype": torch.float16}, "ranks must be a contiguous float32"),
+        ({"running_var": (2,)}, r"running_var must be a contiguous float32 tensor \[3\]"),
+        ({"running_mean": None}, "running_mean and running_var must be given together"),
+    ],
+)
+def test_ranks_that_the_kernel_does_not_merge_are_refused(changes, reason):
+    shapes = {"ranks": (2, 7), "running_mean": (3,), "running_var": (3,)} | changes
+    dtype = shapes.pop("dtype", torch.float32)
+    given = [None if shape is None else torch.ones(shape, dtype=dtype, device="cuda") for shape in shapes.values()]
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.resnet_fused_cuda.merge_ranks(*given, 0.1)
