@@ -9,21 +9,14 @@
 namespace resnet_fused {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, const OptionalTensor& pre_add) {
-  check_activation(x, "x");
-  if (pre_add) check_like(*pre_add, "pre_add", x);
-  STD_TORCH_CHECK(x.numel() > 0, "an empty x has no statistics; its shape is ", shape(x));
-  const DeviceGuard guard(x.get_device_index());
+// The sum x + pre_add, of no elements without pre_add; merge: where the statistics go.
+Tensor run_statistics(const Tensor& x, const OptionalTensor& pre_add, MergeStatisticsParams merge) {
   Tensor sum = pre_add ? empty_channels_last(x) : torch::stable::new_empty(x, {0});
   const int64_t channels = x.size(1);
-  Tensor mean = empty_vector(x, channels);
-  Tensor m2 = empty_vector(x, channels);
-
   const Tiling tiling = tile_statistics(rows(x), channels, pre_add.has_value());
   Tensor partial = empty_vector(x, 2 * tiling.splits * channels);
   float* const partial_mean = partial.mutable_data_ptr<float>();
   float* const partial_m2 = partial_mean + tiling.splits * channels;
-  const void* const z = pre_add ? sum.const_data_ptr() : x.const_data_ptr();
   const StatisticsParams params{x.const_data_ptr(),
                                 data_or_null(pre_add),
                                 pre_add ? sum.mutable_data_ptr() : nullptr,
@@ -31,10 +24,50 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, const 
                                 partial_m2,
                                 tiling};
   launch(plan_statistics(params, to_dtype(x)), params, "batch_norm_statistics", x);
-  const MergeStatisticsParams merge{
-      z, partial_mean, partial_m2, mean.mutable_data_ptr<float>(), m2.mutable_data_ptr<float>(), tiling};
+  merge.z = pre_add ? sum.const_data_ptr() : x.const_data_ptr();
+  merge.partial_mean = partial_mean;
+  merge.partial_m2 = partial_m2;
+  merge.tiling = tiling;
   launch(plan_merge_statistics(merge, to_dtype(x)), merge, "batch_norm_statistics", x);
-  return {mean, m2, sum};
+  return sum;
+}
+
+void check_statistics(const Tensor& x, const OptionalTensor& pre_add) {
+  check_activation(x, "x");
+  if (pre_add) check_like(*pre_add, "pre_add", x);
+  STD_TORCH_CHECK(x.numel() > 0, "an empty x has no statistics; its shape is ", shape(x));
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, const OptionalTensor& pre_add) {
+  check_statistics(x, pre_add);
+  const DeviceGuard guard(x.get_device_index());
+  Tensor mean = empty_vector(x, x.size(1));
+  Tensor m2 = empty_vector(x, x.size(1));
+  MergeStatisticsParams merge{};
+  merge.mean = mean.mutable_data_ptr<float>();
+  merge.m2 = m2.mutable_data_ptr<float>();
+  return {mean, m2, run_statistics(x, pre_add, merge)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& x, const OptionalTensor& pre_add,
+                                                    const OptionalTensor& running_mean,
+                                                    const OptionalTensor& running_var, double momentum) {
+  check_statistics(x, pre_add);
+  const auto running = [&](const OptionalTensor& t, const char* name) -> Running {
+    if (!t) return {nullptr, false};
+    check_channel_vector(*t, name, x);
+    return {t->mutable_data_ptr(), t->scalar_type() == ScalarType::Float};
+  };
+  const DeviceGuard guard(x.get_device_index());
+  Tensor mean = empty_vector(x, x.size(1));
+  Tensor var = empty_vector(x, x.size(1));
+  MergeStatisticsParams merge{};
+  merge.mean = mean.mutable_data_ptr<float>();
+  merge.var = var.mutable_data_ptr<float>();
+  merge.running_mean = running(running_mean, "running_mean");
+  merge.running_var = running(running_var, "running_var");
+  merge.momentum = static_cast<float>(momentum);
+  return {mean, var, run_statistics(x, pre_add, merge)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> merge_ranks(const Tensor& ranks, const OptionalTensor& running_mean,
@@ -77,11 +110,15 @@ std::tuple<Tensor, Tensor, Tensor> merge_ranks(const Tensor& ranks, const Option
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("batch_norm_statistics(Tensor x, Tensor? pre_add) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "batch_statistics(Tensor x, Tensor? pre_add, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
       "merge_ranks(Tensor ranks, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) "
       "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
   m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fused::batch_norm_statistics));
+  m.impl("batch_statistics", TORCH_BOX(&resnet_fused::batch_statistics));
   m.impl("merge_ranks", TORCH_BOX(&resnet_fused::merge_ranks));
 }

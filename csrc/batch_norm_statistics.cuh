@@ -15,12 +15,22 @@ struct StatisticsParams {
   Tiling tiling;
 };
 
+// [channels] in float32 or in the activations' type, updated in place; data is null where it is absent.
+struct Running {
+  void* data;
+  bool is_float;
+};
+
 struct MergeStatisticsParams {
   const void* z;              // [rows, channels]
   const float* partial_mean;  // [splits, channels]
   const float* partial_m2;    // [splits, channels]
   float* mean;                // [channels]
-  float* m2;                  // [channels]
+  float* m2;                  // [channels] or null, as the next
+  float* var;                 // [channels]
+  Running running_mean;
+  Running running_var;
+  float momentum;
   Tiling tiling;
 };
 
@@ -168,6 +178,22 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks<kPreAdd>) statisti
 }
 
 template <typename T>
+__device__ __forceinline__ void move_towards(T& running, float value, float momentum) {
+  const float old = to_float(running);
+  from_float(old + (value - old) * momentum, running);
+}
+
+template <typename T>
+__device__ __forceinline__ void update(const Running& running, int64_t channel, float value, float momentum) {
+  if (running.data == nullptr) return;
+  if (running.is_float) {
+    move_towards(static_cast<float*>(running.data)[channel], value, momentum);
+  } else {
+    move_towards(static_cast<T*>(running.data)[channel], value, momentum);
+  }
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(const MergeStatisticsParams p) {
   const Tiling& t = p.tiling;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
@@ -183,8 +209,13 @@ __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(const MergeS
   }
   const Moments<1> merged = merge_block(own, kMergeChannels);
   if (threadIdx.x < kMergeChannels && channel < t.channels) {
-    p.mean[channel] = to_float(static_cast<const T*>(p.z)[channel]) + merged.mean[0];
-    p.m2[channel] = merged.m2[0];
+    const float mean = to_float(static_cast<const T*>(p.z)[channel]) + merged.mean[0];
+    const float count = static_cast<float>(t.rows);
+    p.mean[channel] = mean;
+    if (p.m2 != nullptr) p.m2[channel] = merged.m2[0];
+    if (p.var != nullptr) p.var[channel] = merged.m2[0] / count;
+    update<T>(p.running_mean, channel, mean, p.momentum);
+    update<T>(p.running_var, channel, merged.m2[0] / (count - 1.f), p.momentum);
   }
 }
 
@@ -201,8 +232,8 @@ __global__ void __launch_bounds__(kThreads) merge_ranks_kernel(const MergeRanksP
   p.var[channel] = merged.m2[0] / merged.count;
   if (channel == 0) *p.count = merged.count;
   if (p.running_mean == nullptr) return;
-  p.running_mean[channel] += (merged.mean[0] - p.running_mean[channel]) * p.momentum;
-  p.running_var[channel] += (merged.m2[0] / (merged.count - 1.f) - p.running_var[channel]) * p.momentum;
+  move_towards(p.running_mean[channel], merged.mean[0], p.momentum);
+  move_towards(p.running_var[channel], merged.m2[0] / (merged.count - 1.f), p.momentum);
 }
 
 inline Tiling tile_statistics(int64_t rows, int64_t channels, bool pre_add) {

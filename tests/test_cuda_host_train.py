@@ -20,7 +20,7 @@ from resnet_fused.testing import DTYPES, largest
 
 pytestmark = pytest.mark.skipif(host_cuda.unavailable() is not None, reason=str(host_cuda.unavailable()))
 
-STEPS = ("statistics", "merge_ranks", "apply_with_mask", "backward_sums", "backward_dx")
+STEPS = ("statistics", "batch_statistics", "apply_with_mask", "backward_sums", "backward_dx")
 ids = {"ids": lambda v: str(v).removeprefix("torch.")}
 
 
@@ -182,10 +182,10 @@ def test_forced_and_not_served(cuda_serves_the_cpu):
 
 def test_a_wrong_kernel_is_refused(cuda_serves_the_cpu, monkeypatch):
     def off(*args):
-        mean, m2, total = host_cuda.statistics(*args)
-        return mean + 0.01, m2, total
+        mean, var, total = host_cuda.batch_statistics(*args)
+        return mean + 0.01, var, total
 
-    monkeypatch.setattr(cuda_kernels, "statistics", off)
+    monkeypatch.setattr(cuda_kernels, "batch_statistics", off)
     with (
         resnet_fused.backend("cuda"),
         pytest.warns(UserWarning, match="batch_norm_act_training/cuda.*is disabled"),
@@ -220,7 +220,7 @@ def test_offsets_past_32_bits():
         y, dx, dresidual = (torch.empty_like(z) for _ in range(3))
         relu_mask = torch.empty_like(mask)
         eps, relu, none = ctypes.c_float(EPS), ctypes.c_bool(True), [None] * 5
-        call("statistics", "statistics", (z, None), run, None, partial[0], None, None)
+        call("statistics", "statistics", (z, *none[:3]), run, None, partial[0], *none, ctypes.c_float(0))
         call("act", "batch_norm_mask", (z, *bn, dy), run, eps, y, relu_mask)
         inputs = (dy, z, *bn, *none, mask)
         call("backward", "backward_sums", inputs, run, eps, relu, partial[1], None, None, None)

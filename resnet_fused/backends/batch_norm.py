@@ -74,10 +74,8 @@ def _apply(call: Any, planners: dict[str, Planner]) -> Callable[..., Results]:
 
 def _training(call: Any, planners: dict[str, Planner]) -> Run:
     """Statistics, running statistics and the pass that normalises."""
-    updates = "batch_statistics" in planners
-    whole = planners["batch_statistics"] if updates else partial(_batch_statistics, planners)
-    statistics = whole(call.x, call.pre_add, call.running_mean, call.running_var)
-    statistics2 = whole(call.residual, None, *call[10:12]) if call.two_bn else None
+    statistics = planners["batch_statistics"](call.x, call.pre_add, call.running_mean, call.running_var)
+    statistics2 = planners["batch_statistics"](call.residual, None, *call[10:12]) if call.two_bn else None
     save_mask, eps, relu = call.save_mask, call.eps, call.relu
     if save_mask:
         one_pass = planners["apply_with_mask"](call.x, *call[1:3], None, None, eps, call.residual)
@@ -92,8 +90,6 @@ def _training(call: Any, planners: dict[str, Planner]) -> Run:
         mean2 = var2 = None
         if statistics2 is not None:
             mean2, var2, _ = statistics2(residual, None, *running2, momentum)
-        if not updates:
-            call.update_running(mean, var, mean2, var2)
         z = x if pre_add is None else total
         if save_mask:
             y, mask = one_pass(z, weight, bias, mean, var, eps, residual)
@@ -101,17 +97,6 @@ def _training(call: Any, planners: dict[str, Planner]) -> Run:
             y, _ = one_pass(z, weight, bias, mean, var, eps, residual, weight2, bias2, mean2, var2, None, relu)
             mask = None
         return y, mask, total, mean, var, mean2, var2
-
-    return run
-
-
-def _batch_statistics(planners: dict[str, Planner], x, pre_add, running_mean, running_var):
-    """mean, var and x + pre_add of a backend that leaves the running statistics to PyTorch."""
-    statistics, count = planners["statistics"](x, pre_add), x.numel() // x.shape[1]
-
-    def run(x, pre_add, running_mean, running_var, momentum):
-        mean, m2, total = statistics(x, pre_add)
-        return mean, m2.div_(count), total
 
     return run
 

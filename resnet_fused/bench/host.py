@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import models, ops
 from ..dispatch.stub import stubbed
 from ..layers import PadShortcut
+from . import host_stages
 from .conditions import conditions
 
 SUITE, ROUNDS = "host", 30
@@ -162,10 +163,15 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _twins(name: str, device: torch.device) -> tuple[nn.Module, nn.Module, Tensor]:
+    """torchvision's model, this package's, and images."""
+    x = images(16 if name.startswith("cifar_") else 64, device)
+    return narrowed(torchvisions(name)).to(device), narrowed(models.get_model(name)).to(device), x
+
+
 def _figures(name: str, rounds: int, device: torch.device) -> Iterator[tuple[str, tuple[float, float], int]]:
     """With the number of layers."""
-    x = images(16 if name.startswith("cifar_") else 64, device)
-    theirs, ours = narrowed(torchvisions(name)).to(device), narrowed(models.get_model(name)).to(device)
+    theirs, ours, x = _twins(name, device)
     for label, make in (("eval", forward), ("train", train_step)):
         found = least({"torchvision": make(theirs, x), "resnet_fused": make(ours, x)}, rounds, device)
         yield label, (found["torchvision"], found["resnet_fused"]), layers(ours)
@@ -182,6 +188,7 @@ def run(names: Sequence[str], rounds: int) -> tuple[dict[str, Any], int]:
             raise ValueError(f"model: the suite {SUITE} has no {name!r}; there are: {', '.join(KNOWN)}")
     device = _device()
     found: dict[str, Any] = {"task": SUITE, "conditions": conditions(device), "models": [], "operators": {}}
+    found["stages"] = {}
     with _quiet(device):
         print(f"host microseconds, least of {rounds}, {'real' if device.type == 'cuda' else 'stubbed'} launches")
         for name in names:
@@ -195,6 +202,13 @@ def run(names: Sequence[str], rounds: int) -> tuple[dict[str, Any], int]:
         for name, (call, n) in operators(images(8, device)).items():
             found["operators"][name] = least({name: call}, rounds, device)[name] / n
             print(f"{name}: {found['operators'][name]:.1f}")
+        if device.type == "cpu":
+            print(f"\n{names[0]}'s train step, microseconds")
+            stages = host_stages.rows(*_twins(names[0], device), train_step, lambda calls: least(calls, rounds, device))
+            for what, us in stages:
+                found["stages"][what] = us
+                print(f"{us:8.0f}  {what}")
+            print()
     ratios = {row["pass"]: row["ratio"] for row in found["models"] if row["model"] == names[0]}
     print(f"host: eval {ratios['eval']:.2f}x, train {ratios['train']:.2f}x of torchvision eager")
     return found, 0

@@ -32,3 +32,12 @@ def stubbed(listener: Callable[[str, dict[str, Any], dict[str, Any]], None] | No
     finally:
         registry._UNAVAILABLE["triton"], registry._AUTO_DEVICES, trust.refused = before
         plans.forget()
+
+
+@contextlib.contextmanager
+def unlaunched(listener: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside `stubbed`: launches are not even prepared; the listener is told each."""
+    from ..backends.triton import stub
+
+    with stub.replaced(lambda *args, **kwargs: listener()):
+        yield

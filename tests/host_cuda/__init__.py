@@ -5,6 +5,7 @@ threads' order, `max_blocks` to sweep over more rows a thread, `max_threads` of 
 by which the outputs leave their alignment.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import backend
@@ -201,30 +203,54 @@ def apply_with_mask(x, weight, bias, mean, var, eps, residual, max_blocks=0, see
 
 
 def statistics(x, pre_add=None, max_blocks=0, seed=0, csrc=CSRC) -> tuple[Tensor, Tensor, Tensor]:
+    return _statistics(x, pre_add, None, None, 0.0, max_blocks, seed, csrc)
+
+
+def batch_statistics(
+    x, pre_add, running_mean, running_var, momentum, max_blocks=0, seed=0
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _statistics(x, pre_add, running_mean, running_var, momentum, max_blocks, seed, CSRC, var=True)
+
+
+def _statistics(x, pre_add, running_mean, running_var, momentum, max_blocks, seed, csrc, var=False):
+    """mean, M2 or var, and x + pre_add."""
     kernels, run, C = library("batch_norm_statistics", csrc), Run(max_blocks, 0, seed), x.shape[1]
     shape = ctypes.c_int64(x.numel() // C), ctypes.c_int64(C)
     splits = kernels.statistics_splits(run, *shape, ctypes.c_bool(pre_add is not None))
     total, partial = None if pre_add is None else _image(x), _vector(2 * splits * C)
-    mean, m2 = _vector(C), _vector(C)
-    outputs = _tensor(total), partial.tensor, mean.tensor, m2.tensor
-    call(kernels, "statistics", _guard(x, pre_add), run, *outputs)
+    mean, second = _vector(C), _vector(C)
+    with _updated(running_mean, running_var) as running:
+        outputs = (
+            _tensor(total),
+            partial.tensor,
+            mean.tensor,
+            *((None, second.tensor) if var else (second.tensor, None)),
+        )
+        inputs = [*_guard(x, pre_add), running_mean, running_var]
+        call(kernels, "statistics", inputs, run, *outputs, *running, ctypes.c_float(momentum))
     partial.check()
-    return mean.check(), m2.check(), _checked(x, total)
+    return mean.check(), second.check(), _checked(x, total)
+
+
+@contextlib.contextmanager
+def _updated(*vectors: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """Guarded copies, which the vectors become."""
+    copies = [None if v is None else Guarded(v.shape, v.dtype) for v in vectors]
+    for v, copy in zip(vectors, copies, strict=True):
+        if v is not None:
+            copy.tensor.copy_(v)
+    yield list(map(_tensor, copies))
+    for v, copy in zip(vectors, copies, strict=True):
+        if v is not None:
+            v.copy_(copy.check())
 
 
 def merge_ranks(ranks, running_mean, running_var, momentum, seed=0) -> tuple[Tensor, Tensor, Tensor]:
     C = ranks.shape[1] // 2
-    outputs, given = [_vector(C), _vector(C), _vector(1)], [running_mean, running_var]
-    copies = [None if t is None else _vector(C) for t in given]
-    for t, copy in zip(given, copies, strict=True):
-        if t is not None:
-            copy.tensor.copy_(t)
-    tensors = [o.tensor for o in outputs], map(_tensor, copies)
-    kernels, run = library("batch_norm_statistics"), Run(0, 0, seed)
-    call(kernels, "merge_ranks", _guard(ranks), run, ctypes.c_float(momentum), *tensors[0], *tensors[1])
-    for t, copy in zip(given, copies, strict=True):
-        if t is not None:
-            t.copy_(copy.check())
+    outputs = [_vector(C), _vector(C), _vector(1)]
+    with _updated(running_mean, running_var) as running:
+        results, options = (o.tensor for o in outputs), (Run(0, 0, seed), ctypes.c_float(momentum))
+        call(library("batch_norm_statistics"), "merge_ranks", _guard(ranks), *options, *results, *running)
     mean, var, count = (o.check() for o in outputs)
     return mean, var, count.view(())
 

@@ -16,6 +16,7 @@ def _planner(name: str) -> batch_norm.Planner:
 
 LAUNCHERS = {
     "statistics": "statistics",
+    "batch_statistics": "batch_statistics",
     "merge_ranks": "merge_ranks",
     "apply": "batch_norm_act",
     "apply_with_mask": "apply_with_mask",

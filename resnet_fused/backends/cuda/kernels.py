@@ -80,6 +80,11 @@ def statistics(*args):
     return torch.ops.resnet_fused_cuda.batch_norm_statistics.default(*args)
 
 
+def batch_statistics(*args):
+    """As the run of `triton.batch_norm_train.plan_batch_statistics`."""
+    return torch.ops.resnet_fused_cuda.batch_statistics.default(*args)
+
+
 def merge_ranks(*args):
     """As `triton.batch_norm_train.merge_ranks`."""
     return torch.ops.resnet_fused_cuda.merge_ranks.default(*args)

@@ -108,7 +108,15 @@ def recorded(listener: Listener) -> Iterator[None]:
                 uses[parameter] = (t, parameter not in written or parameter in UPDATED, parameter in written)
         listener(name, uses, self._names)
 
-    launch.Launch.__call__ = record  # type: ignore[method-assign]
+    with replaced(record):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(call: Callable[..., None]) -> Iterator[None]:
+    """What stands for every launch inside the block."""
+    before = launch.Launch.__call__
+    launch.Launch.__call__ = call  # type: ignore[method-assign]
     try:
         yield
     finally:
