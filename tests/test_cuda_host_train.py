@@ -144,6 +144,16 @@ def test_vectors_in_half_precision(dtype):
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **ids)
+def test_running_statistics_are_rounded_once(dtype):
+    i = draw(Setup((2, 10, 5, 5), torch.bfloat16))
+    running = [torch.full((10,), 0.3, dtype=dtype) for _ in range(2)]
+    expected = [v.float() for v in running]
+    mean, var, _ = host_cuda.batch_statistics(i.x, None, *running, 0.25)
+    for new, old, value in zip(running, expected, (mean, var * 50 / 49), strict=True):
+        torch.testing.assert_close(new, old.lerp(value, 0.25).to(dtype))
+
+
 def test_only_what_is_needed():
     i = draw(Setup((2, 8, 3, 3), torch.float32, "two-bn-join"))
     call = (i.dy, i.x, *i.bn, EPS, i.residual, *i.bn2, None, True, None, None, None, None, None)
