@@ -205,6 +205,18 @@ def make_inputs(
     return (x, weight.contiguous(memory_format=torch.channels_last), *bn(channels, case.mean)), kwargs
 
 
+def fields(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the registered operator under the public function gets of these arguments."""
+    relu, residual, eps = kwargs.get("act", "relu") == "relu", kwargs.get("residual"), 1e-5
+    if case.op == "batch_norm_act":
+        bn2 = kwargs.get("residual_bn", (None,) * 4)
+        return (*args, eps, residual, *bn2, kwargs.get("pre_add"), relu, False)
+    if case.op == "stem":
+        return (*args, eps, None, None)
+    pairs = [[kwargs.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    return (*args[:2], kwargs.get("bias"), *args[2:], eps, *pairs, kwargs.get("groups", 1), residual, relu)
+
+
 @contextmanager
 def nan_filled_memory() -> Iterator[None]:
     """Every `torch.empty` is filled with NaN: an output that a kernel leaves unwritten shows."""
@@ -249,6 +261,7 @@ __all__ = [
     "as_tuple",
     "assert_within_budget",
     "check",
+    "fields",
     "largest",
     "make_inputs",
     "map_tensors",

@@ -148,9 +148,9 @@ def test_vectors_in_half_precision(dtype):
 def test_running_statistics_are_rounded_once(dtype):
     i = draw(Setup((2, 10, 5, 5), torch.bfloat16))
     running = [torch.full((10,), 0.3, dtype=dtype) for _ in range(2)]
-    expected = [v.float() for v in running]
+    before = [v.float().clone() for v in running]
     mean, var, _ = host_cuda.batch_statistics(i.x, None, *running, 0.25)
-    for new, old, value in zip(running, expected, (mean, var * 50 / 49), strict=True):
+    for new, old, value in zip(running, before, (mean, var * 50 / 49), strict=True):
         torch.testing.assert_close(new, old.lerp(value, 0.25).to(dtype))
 
 

@@ -58,8 +58,8 @@ def prefer(backend, monkeypatch):
 
 
 def served(case):
-    """cuDNN fuses convolutions only."""
-    return [b for b in BACKENDS if b != "cudnn" or case.kernel is not None]
+    """Those that have the operator, and all for the stem, of which each has the convolution."""
+    return [b for b in BACKENDS if b == "auto" or case.op == "stem" or registry.serves(b, case.op)]
 
 
 @pytest.mark.parametrize(

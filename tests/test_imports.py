@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import resnet_fused
+from resnet_fused.dispatch import registry
 
 PACKAGE = Path(resnet_fused.__file__).parent
 RANKS = [
@@ -25,7 +26,7 @@ RANKS = [
     {"backends"},
 ]
 STANDALONE = {"_numpy", "_version"}  # imports nothing of the package
-NAMES = {"triton", "cudnn", "onednn", "eager"}  # "cuda" is PyTorch's name of a device, too
+NAMES = {*registry.BACKENDS} - {"cuda"}  # "cuda" is PyTorch's name of a device, too
 VERSIONS = {"info.py", "bench/conditions.py"}  # say which version of triton and cudnn there is
 
 

@@ -165,27 +165,13 @@ def test_a_models_hessian_vector_product_and_gradient_penalty_are_eagers(trainin
     assert (error <= 4 * (eager - exact).norm(dim=1) + 1e-6 * exact.norm(dim=1)).all(), error / exact.norm(dim=1)
 
 
-def raw_arguments(case, dtype, layout):
-    """Arguments of the registered operator under the public function."""
-    args, kwargs = make_inputs(case, dtype=dtype, layout=layout)
-    relu, eps = kwargs.get("act", "relu") == "relu", 1e-5
-    if case.op == "batch_norm_act":
-        bn2 = kwargs.get("residual_bn", (None,) * 4)
-        return (*args, eps, kwargs.get("residual"), *bn2, kwargs.get("pre_add"), relu, False)
-    if case.op == "stem":
-        return (*args, eps, None, None)
-    pairs = [[kwargs.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
-    groups, residual = kwargs.get("groups", 1), kwargs.get("residual")
-    return (*args[:2], kwargs.get("bias"), *args[2:], eps, *pairs, groups, residual, relu)
-
-
 @pytest.mark.parametrize("case", SMALL, **ids)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(case, layout):
     name = {"batch_norm_act": "batch_norm_act_apply"}.get(case.op, case.op)
     op = getattr(torch.ops.resnet_fused, name).default
     with resnet_fused.backend("triton"):
-        torch.library.opcheck(op, raw_arguments(case, torch.float32, layout))
+        torch.library.opcheck(op, testing.fields(case, *make_inputs(case, dtype=torch.float32, layout=layout)))
 
 
 TRAINED = [c for c in SMALL if c.op == "batch_norm_act" and c.id != "bn-empty"]

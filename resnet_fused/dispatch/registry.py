@@ -214,11 +214,12 @@ def choose(
 
 def candidates(device: torch.device, order: str, first: str | None = None) -> tuple[str, ...]:
     """The fused backends to try, best first."""
+    names = _ORDER[order]  # looked up for eager too: a class without a line fails on the CPU
     if not fuses(device):
         return ()
     if _forced != "auto":
         return (_forced,)
-    return _ORDER[order] if first not in _ORDER[order] else (first, *_ORDER[order])
+    return names if first not in names else (first, *names)
 
 
 @contextlib.contextmanager

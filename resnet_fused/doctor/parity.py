@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .. import testing
 from ..dispatch import numerics, registry
+from ..ops._library import records
 from ..ops.batch_norm_act.calls import ApplyCall
 from ..ops.batch_norm_act.training import BackwardCall, TrainingCall
-from ..ops.conv_bn_act import Call
-from ..ops.stem import Call as Stem
 
 CASES = ("conv-1x1-join", "conv-3x3-join", "conv-3x3-s2", "conv-7x7-s2", "conv-3x3-g32", "conv-bias", "stem",
          "bn-relu", "bn-join", "bn-two-bn-join", "bn-pre-add", "bn-half")  # fmt: skip
@@ -70,14 +69,10 @@ def _calls(case: testing.Case, dtype: torch.dtype, device: torch.device) -> list
     """The records of the case's operators."""
     args, given = testing.make_inputs(case, dtype=dtype, device=device)
     relu, residual = given.get("act", "relu") == "relu", given.get("residual")
-    fields: tuple[Any, ...]
-    if case.op == "stem":
-        fields = (*args, EPS, None, None)
-        return [Stem(*fields)]
-    if case.op == "conv_bn_act":
-        pairs = [[given.get(k, d)] * 2 for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
-        fields = (*args[:2], given.get("bias"), *args[2:], EPS, *pairs, given.get("groups", 1), residual, relu)
-        return [Call(*fields)]
+    fields = testing.fields(case, args, given)
+    if case.op != "batch_norm_act":
+        return [records[case.op](*fields)]
+    apply = ApplyCall(*fields)
     x, pre_add, two_bn = args[0], given.get("pre_add"), "residual_bn" in given
     bn2 = given.get("residual_bn", (None,) * 4)
     join = relu and residual is not None and not two_bn
@@ -87,8 +82,7 @@ def _calls(case: testing.Case, dtype: torch.dtype, device: torch.device) -> list
     z, kept = x if pre_add is None else total, (residual, *bn2[:2], mean2, var2) if two_bn else (None,) * 5
     fields = (y, z, *args[1:3], mean, var, EPS, *kept, mask if join else None, relu, None, True, residual is not None)
     backward = BackwardCall(*fields)
-    fields = (*args, EPS, residual, *bn2, pre_add, relu, False)
-    return [ApplyCall(*fields), training, backward]
+    return [apply, training, backward]
 
 
 def lacking(device: torch.device) -> dict[str, str]:

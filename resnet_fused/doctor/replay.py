@@ -8,17 +8,11 @@ from typing import Any
 import torch
 
 from ..dispatch import compare, registry, replay, trust
-from ..ops.batch_norm_act import calls, training
-from ..ops.conv_bn_act import Call
-from ..ops.stem import Call as Stem
+from ..ops._library import records
+from ..ops.batch_norm_act.training import BackwardCall, TrainingCall
 
-_STEPS: tuple[Any, ...] = (
-    *(calls.StatisticsCall, calls.ApplyCall, calls.SumsCall, calls.DxCall),
-    *(training.TrainingCall, training.BackwardCall),
-)
-_RECORDS: dict[str, Callable[..., Any]] = {
-    **{record.name: record for record in (Call, Stem)},
-    **{f"{step.op}_{step.step}": step for step in _STEPS},
+_RECORDS: dict[str, Callable[..., Any]] = records | {
+    f"{step.op}_{step.step}": step for step in (TrainingCall, BackwardCall)
 }
 
 

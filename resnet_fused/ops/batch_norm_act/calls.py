@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...dispatch import numerics, registry
+from ...dispatch import numerics
 from .._calls import metadata, named, power_of_two
 from .._library import register
 from . import formulas
@@ -293,12 +293,7 @@ def _image(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def register_step(schema: str, record: type[Step]) -> Callable[..., Any]:
-    return register(schema, lambda *args: dispatch.serve(record(*args)), record._fake)
-
-
-registry.add_operator(Step.op)
-statistics = register_step(STATISTICS, StatisticsCall)
-apply = register_step(APPLY, ApplyCall)
-backward_sums = register_step(SUMS, SumsCall)
-backward_dx = register_step(DX, DxCall)
+statistics = register(STATISTICS, StatisticsCall, StatisticsCall._fake)
+apply = register(APPLY, ApplyCall, ApplyCall._fake)
+backward_sums = register(SUMS, SumsCall, SumsCall._fake)
+backward_dx = register(DX, DxCall, DxCall._fake)

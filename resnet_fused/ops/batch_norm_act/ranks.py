@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...dispatch import numerics
-from . import calls, formulas
+from .._library import register
+from . import formulas
 from .calls import Step
 
 RANKS = (
@@ -72,7 +73,7 @@ class RanksCall(_Ranks, Step):
         return mean, torch.empty_like(mean), ranks.new_empty(())
 
 
-_merge = calls.register_step(RANKS, RanksCall)
+_merge = register(RANKS, RanksCall, RanksCall._fake)
 
 
 def gather(mean: Tensor, m2: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:

@@ -32,7 +32,6 @@ from torch._C import (
     _get_deterministic_algorithms_warn_only,
 )
 
-from ... import dispatch
 from ...dispatch import plans, registry
 from .. import _checks
 from .._library import register
@@ -41,8 +40,7 @@ from .call import SCHEMA, Call, Pair, fake, out_shape, reference
 
 __all__ = ["Call", "conv_bn_act", "out_shape", "reference"]
 
-_op = register(SCHEMA, lambda *args: dispatch.serve(Call(*args)), fake)
-registry.add_operator(Call.op)
+_op = register(SCHEMA, Call, fake)
 
 
 class _ConvBNAct(torch.autograd.Function):

@@ -24,7 +24,6 @@ Equivalent to:
 import torch
 from torch import Tensor
 
-from ... import dispatch
 from ...dispatch import plans, registry
 from .. import _checks
 from .._library import register
@@ -33,8 +32,7 @@ from .call import SCHEMA, Call, fake, flops, normalized, out_shape, reference
 
 __all__ = ["Call", "flops", "fuses", "normalized", "out_shape", "reference", "stem"]
 
-_op = register(SCHEMA, lambda *args: dispatch.serve(Call(*args)), fake)
-registry.add_operator(Call.op)
+_op = register(SCHEMA, Call, fake)
 
 
 def fuses(device: torch.device) -> bool:
