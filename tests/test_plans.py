@@ -176,5 +176,9 @@ def test_compiled_kernels_are_launched_directly():
 def test_the_host_benchmark_ends_in_its_figures():
     pytest.importorskip("triton")
     script = Path(__file__).parents[1] / "benchmarks/host.py"
-    last = without_interpreter(str(script), "--models", "resnet18", "--rounds", "1")[-1]
+    *_, empty, last = lines = without_interpreter(str(script), "--models", "resnet18", "--rounds", "1")
+    stages = {what: int(us) for us, what in re.findall(r"^ *(-?\d+)  (\w+: .*)$", "\n".join(lines), re.M)}
+    # 17 BN, 6 launches each, 2 more for each of the 3 residuals that have one of their own
+    assert list(stages)[2:4] == ["resnet_fused: 108 launches", "resnet_fused: 17 autograd nodes in Python"]
+    assert len(stages) == 6 and empty == ""
     assert re.fullmatch(r"host: eval \d+\.\d\dx, train \d+\.\d\dx of torchvision eager", last)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import registry
 from ..dispatch.stub import unlaunched
 from ..ops.batch_norm_act.one_call import keyed
 from ..ops.batch_norm_act.training import TrainingCall
@@ -31,8 +32,7 @@ def rows(
         with unlaunched():
             ours_step()
 
-    launches = _launches(ours_step)
-    norms = sum(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
+    launches, norms = _counted(ours_step)
     found = least(
         {
             "both": step(_bare(theirs), x),
@@ -64,12 +64,19 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _launches(call: Call) -> int:
-    call()  # leaves plans
-    told: list[None] = []
-    with unlaunched(lambda: told.append(None)):
-        call()
-    return len(told)
+def _counted(step: Call) -> tuple[int, int]:
+    """Launches, and calls of BN: a join's two are one."""
+    step()  # leaves plans
+    launches: list[None] = []
+    calls: list[bool] = []
+    before = registry.listener
+    registry.listener = lambda name, choice, call: calls.append(isinstance(call, TrainingCall))
+    try:
+        with unlaunched(lambda: launches.append(None)):
+            step()
+    finally:
+        registry.listener = before
+    return len(launches), sum(calls)
 
 
 class _Empty(torch.autograd.Function):
