@@ -169,16 +169,24 @@ def _twins(name: str, device: torch.device) -> tuple[nn.Module, nn.Module, Tenso
     return narrowed(torchvisions(name)).to(device), narrowed(models.get_model(name)).to(device), x
 
 
-def _figures(name: str, rounds: int, device: torch.device) -> Iterator[tuple[str, tuple[float, float], int]]:
+def _figures(
+    name: str, rounds: int, device: torch.device, compiled: bool = False
+) -> Iterator[tuple[str, tuple[float, float], int]]:
     """With the number of layers."""
     theirs, ours, x = _twins(name, device)
+    if compiled:
+        theirs.compile()
+        ours.compile()
     for label, make in (("eval", forward), ("train", train_step)):
         found = least({"torchvision": make(theirs, x), "resnet_fused": make(ours, x)}, rounds, device)
         yield label, (found["torchvision"], found["resnet_fused"]), layers(ours)
 
 
-def run(names: Sequence[str], rounds: int) -> tuple[dict[str, Any], int]:
+def run(names: Sequence[str], rounds: int, compiled: bool = False) -> tuple[dict[str, Any], int]:
     """Print the table and its summary; the figures, and 0. It raises what `figures` does.
+
+    Args:
+        compiled: both models by torch.compile, and no more than that.
 
     Raises:
         ValueError: a model that has no twin made of torchvision's blocks.
@@ -192,31 +200,39 @@ def run(names: Sequence[str], rounds: int) -> tuple[dict[str, Any], int]:
     with _quiet(device):
         print(f"host microseconds, least of {rounds}, {'real' if device.type == 'cuda' else 'stubbed'} launches")
         for name in names:
-            for label, (theirs, ours), count in _figures(name, rounds, device):
+            for label, (theirs, ours), count in _figures(name, rounds, device, compiled):
                 row = {"model": name, "pass": label, "torchvision_us": theirs, "resnet_fused_us": ours}
                 found["models"].append(row | {"ratio": ours / theirs, "layers": count})
                 print(
                     f"{name:16} {label:6} torchvision {theirs:8.0f}  resnet_fused {ours:8.0f}  "
                     f"{ours / theirs:5.2f}x  {ours / count:6.1f} a layer"
                 )
-        for name, (call, n) in operators(images(8, device)).items():
-            found["operators"][name] = least({name: call}, rounds, device)[name] / n
-            print(f"{name}: {found['operators'][name]:.1f}")
-        if device.type == "cpu":
-            print(f"\n{names[0]}'s train step, microseconds")
-            stages = host_stages.rows(*_twins(names[0], device), train_step, lambda calls: least(calls, rounds, device))
-            for what, us in stages:
-                found["stages"][what] = us
-                print(f"{us:8.0f}  {what}")
-            print()
+        if not compiled:
+            _parts(names[0], rounds, device, found)
     ratios = {row["pass"]: row["ratio"] for row in found["models"] if row["model"] == names[0]}
-    print(f"host: eval {ratios['eval']:.2f}x, train {ratios['train']:.2f}x of torchvision eager")
+    mode = "compiled" if compiled else "eager"
+    print(f"host: eval {ratios['eval']:.2f}x, train {ratios['train']:.2f}x of torchvision {mode}")
     return found, 0
+
+
+def _parts(name: str, rounds: int, device: torch.device, found: dict[str, Any]) -> None:
+    """Single operators, and the stages of a model's train step."""
+    for operator, (call, n) in operators(images(8, device)).items():
+        found["operators"][operator] = least({operator: call}, rounds, device)[operator] / n
+        print(f"{operator}: {found['operators'][operator]:.1f}")
+    if device.type == "cpu":
+        print(f"\n{name}'s train step, microseconds")
+        stages = host_stages.rows(*_twins(name, device), train_step, lambda calls: least(calls, rounds, device))
+        for what, us in stages:
+            found["stages"][what] = us
+            print(f"{us:8.0f}  {what}")
+        print()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--compiled", action="store_true", help="both models by torch.compile; default: eager")
     args = parser.parse_args(argv)
-    return run(args.models, args.rounds)[1]
+    return run(args.models, args.rounds, args.compiled)[1]
