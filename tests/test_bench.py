@@ -15,6 +15,7 @@ from bench_runs import run_command
 import resnet_fused
 from resnet_fused import bench, models
 from resnet_fused.bench import cases, engine, host, timing
+from resnet_fused.cli import main
 from resnet_fused.deploy import engines
 from resnet_fused.models.resnet import BasicBlock
 
@@ -139,6 +140,15 @@ def test_refused_variant_gives_exit_status_1(plant, timed, capsys):
     small = ("--model", "resnet18", "--batch", 1, "--image-size", 64, "--device", "cpu")
     assert run_command(*small, "--variants", "resnet_fused") == 1
     assert "refused" in capsys.readouterr().out
+
+
+def test_variants_of_which_none_can_run_are_an_error_and_no_table(capsys):
+    pytest.importorskip("torchvision")
+    small = ("bench", "--model", "resnet18", "--batch", "1", "--image-size", "32", "--device", "cpu")
+    assert main([*small, "--variants", "resnet_fused-cuda,resnet_fused+graph"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "error: none of the variants can run: resnet_fused-cuda: " in err.splitlines()[-1]
+    assert "; resnet_fused+graph: CUDA graphs need a CUDA device" in err
 
 
 def test_failing_variant_leaves_the_others(plant, timed):

@@ -79,6 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError, ImportError, OSError: of the suite, and where the JSON file can't be written.
+        BackendUnavailable: none of the variants can run.
     """
     if args.suite not in SUITES:
         raise ValueError(f"--suite: unknown {args.suite!r}; there are: {', '.join(SUITES)}")
@@ -173,6 +174,10 @@ def _models(args: argparse.Namespace) -> int:
         of_bytes=args.bytes,
         track=progress,
     )
+    if all(r.status == "unavailable" for r in report.results):
+        raise registry.BackendUnavailable(
+            f"none of the variants can run: {'; '.join(f'{r.variant}: {r.reason}' for r in report.results)}"
+        )
     print(report.table())
     return _written(args, report.to_dict(), 0 if report.ok else 1)
 
