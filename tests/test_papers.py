@@ -194,6 +194,11 @@ def test_multiply_adds_are_the_papers(rows):
         assert row["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_multiply_adds_are_counted_without_bn(monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.batch_norm", lambda *args, **kwargs: pytest.fail("it costs seconds"))
+    assert costs.count(on_meta("cifar_resnet20"), 32) == (269_722, 40_551_040)
+
+
 def test_info_models(rows, monkeypatch, capsys):
     monkeypatch.setattr(costs, "table", lambda: list(rows.values()))
     assert cli.main(["info", "--models", "--json"]) == 0
