@@ -148,7 +148,8 @@ def test_a_forced_backend_refuses_a_changed_module_by_its_name(change):
     message = str(caught.value)
     assert message.startswith(f"layer2.0.{name}, {kind}(") and len(message.splitlines()) == 1
     assert f"backend 'triton' was asked for and can't serve this: {reason}" in message
-    assert message.endswith('Use backend("auto"), which leaves it to PyTorch, or mend that.')
+    remedy = 'Use backend("auto"), which leaves it to PyTorch, on the command line neither --backend nor '
+    assert message.endswith(f"{remedy}RESNET_FUSED_BACKEND, or mend that.")
 
 
 class OwnBN(nn.BatchNorm2d):

@@ -109,7 +109,8 @@ def not_served(what: str, reason: str) -> BackendUnavailable:
     """The error of a forced backend."""
     return BackendUnavailable(
         f"{what}: backend {_forced!r} was asked for and can't serve this: {reason}. "
-        'Use backend("auto"), which leaves it to PyTorch, or mend that.'
+        'Use backend("auto"), which leaves it to PyTorch, on the command line neither --backend nor '
+        "RESNET_FUSED_BACKEND, or mend that."
     )
 
 
