@@ -57,7 +57,7 @@ def text(info: dict[str, Any]) -> str:
         here = "" if device in info["devices"] else ", none here"
         served = {name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()}
         parts.append((f"backends on {device} (in use: {info['backend']}{here})", served))
-    return "\n\n".join([f"{title}\n{_rows(values)}" for title, values in parts] + info["problems"])
+    return "\n\n".join([f"{title}\n{_rows(values)}" for title, values in parts])
 
 
 def _rows(values: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from .. import info
 
@@ -16,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Print what there is.
+
+    Raises:
+        ValueError: a variable of the environment is wrong, said after all that was found.
+    """
     if args.models:
         from ..models import costs
 
@@ -24,4 +30,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     found = info.collect()
     print(json.dumps(found, indent=2) if args.json else info.text(found))
+    if found["problems"]:
+        sys.stdout.flush()
+        raise ValueError("; ".join(found["problems"]))
     return 0
