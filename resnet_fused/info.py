@@ -52,10 +52,11 @@ def _gpu(device: torch.device) -> str:
 
 def text(info: dict[str, Any]) -> str:
     """What `collect` found, in tables."""
+    shown = {info["extension"].get("reason"): "CUDA extension _C, above"}
     parts = [("versions", info["versions"]), ("devices", info["devices"]), ("CUDA extension _C", info["extension"])]
     for device, backends in info["backends"].items():
         here = "" if device in info["devices"] else ", none here"
-        served = {name: f"no: {reason}" if reason else "yes" for name, reason in backends.items()}
+        served = {name: f"no: {shown.get(reason, reason)}" if reason else "yes" for name, reason in backends.items()}
         parts.append((f"backends on {device} (in use: {info['backend']}{here})", served))
     return "\n\n".join([f"{title}\n{_rows(values)}" for title, values in parts])
 

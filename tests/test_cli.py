@@ -460,6 +460,8 @@ def test_info(output):
             assert reason == registry.unavailable(name, torch.device(device))
     text = output("info")
     assert "CUDA extension _C" in text and "backends on cpu (in use: auto)" in text
+    missing = info["extension"].get("reason")
+    assert missing is None or text.count(missing) == 1
     assert all(f"no: {reason}" in text for reason in info["backends"]["cpu"].values() if reason)
 
 
