@@ -356,11 +356,12 @@ def test_full_disk_under_standard_output_and_the_module_form():
 @pytest.mark.parametrize(
     "command, missing, line",
     [
-        ("predict", ["PIL"], "predict needs pillow: pip install pillow"),
-        ("predict", ["PIL", "torchvision"], "predict needs pillow, torchvision: pip install pillow torchvision"),
-        ("predict", ["skimage"], "this needs skimage: pip install scikit-image"),
-        ("eval", ["tqdm"], "eval needs tqdm: pip install tqdm"),
-        ("analyze", ["matplotlib"], "analyze needs matplotlib: pip install matplotlib"),
+        ("predict", ["PIL"], 'predict needs pillow: pip install "resnet_fused[demo]"'),
+        ("predict", ["PIL", "torchvision"], 'predict needs pillow, torchvision: pip install "resnet_fused[demo]"'),
+        ("predict", ["skimage"], 'scikit-image: name an IMAGE, or pip install "resnet_fused[demo]"'),
+        ("eval", ["tqdm"], 'eval needs tqdm: pip install "resnet_fused[demo]"'),
+        ("analyze", ["matplotlib"], 'analyze needs matplotlib: pip install "resnet_fused[train]"'),
+        ("report a.json -o .", ["jinja2"], 'report needs jinja2: pip install "resnet_fused[report]"'),
     ],
 )
 def test_missing_packages_are_named_at_once(fails, monkeypatch, command, missing, line):
@@ -368,7 +369,16 @@ def test_missing_packages_are_named_at_once(fails, monkeypatch, command, missing
         for name in [m for m in sys.modules if m.partition(".")[0] == package]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)
-    assert line in fails(command)
+    assert line in fails(*command.split())
+
+
+@pytest.mark.parametrize("command", ["predict", "eval", "export", "train", "bench"])
+def test_the_help_needs_no_package(command):
+    missing = {"PIL", "skimage", "torchvision", "tqdm", "matplotlib", "safetensors", "onnx", "numpy"}
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); from resnet_fused.cli import main; "
+    code += f"main(['{command}', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--model" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("command", ["predict", "eval", "fetch cifar10", "doctor", "export x.onnx --weights MSRA"])

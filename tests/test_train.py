@@ -285,7 +285,7 @@ def test_damaged_checkpoint(fails, tmp_path, content):
 
 def test_missing_extra(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "train needs matplotlib: pip install matplotlib" in fails()
+    assert 'train needs matplotlib: pip install "resnet_fused[train]"' in fails()
 
 
 @pytest.mark.parametrize(

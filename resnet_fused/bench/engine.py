@@ -159,7 +159,7 @@ def torchvision() -> ModuleType:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError:
         raise ImportError(
-            "torchvision is what bench compares with, and it is not installed: pip install torchvision"
+            'torchvision is what bench compares with, and it is not installed: pip install "resnet_fused[bench]"'
         ) from None
     except Exception as error:  # built for another torch
         raise ImportError(f"torchvision does not load beside torch {torch.__version__}: {error}") from None

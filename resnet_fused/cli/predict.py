@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -9,10 +10,9 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..dispatch import registry
@@ -23,6 +23,9 @@ from ..models import list_models
 from ..models.weights import TORCHVISION_ENUMS, WeightsArg, cached_file, torchvision_enum
 from ..tables import table
 from .options import positive_int
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SAMPLE = "chelsea (scikit-image)"
 STDIN = "-"
@@ -115,7 +118,7 @@ def _not_finite(image: str, network: Network) -> str:
     return f"image {image}: the scores are not finite, {why}"
 
 
-def _batches(names: Sequence[str], size: int) -> Iterator[list[tuple[str, Image.Image]]]:
+def _batches(names: Sequence[str], size: int) -> Iterator[list[tuple[str, "Image.Image"]]]:
     """Names and images, without those that can't be read."""
     batch = []
     for name in names:
@@ -131,7 +134,9 @@ def _batches(names: Sequence[str], size: int) -> Iterator[list[tuple[str, Image.
 def _there(name: str) -> bool:
     """Whether there is such a file: asked before weights are downloaded."""
     if name == SAMPLE:
-        import skimage  # noqa: F401  an ImportError names it
+        if importlib.util.find_spec("skimage") is None:
+            needs = "scikit-image: name an IMAGE, or pip install"
+            raise ImportError(f'the default image needs {needs} "resnet_fused[demo]"', name="skimage")
     elif name != STDIN and Path(name).is_dir():
         return _refuse(f"image {name}: it is a directory, not an image file")
     elif name != STDIN and not Path(name).exists():
@@ -144,7 +149,9 @@ def _refuse(line: str) -> bool:
     return False
 
 
-def _read(name: str) -> Image.Image | None:
+def _read(name: str) -> "Image.Image | None":
+    from PIL import Image, ImageOps
+
     if name == SAMPLE:
         from skimage import data
 

@@ -82,7 +82,7 @@ def _module(name: str, example: Tensor) -> Any:
         for needed in ("onnx", "onnxscript", name):
             module = __import__(needed)
     except ImportError as error:
-        raise BackendUnavailable(f"{needed} does not load ({error}): pip install {needed}") from None
+        raise BackendUnavailable(f'{needed} does not load ({error}): pip install "resnet_fused[peers]"') from None
     return module
 
 

@@ -127,7 +127,7 @@ def _need(package: str) -> None:
         __import__(package)
     except ImportError as error:
         raise ImportError(
-            f"this format needs {package}, which does not load ({error}): pip install {package}"
+            f'this format needs {package}, which does not load ({error}): pip install "resnet_fused[export]"'
         ) from None
 
 

@@ -13,9 +13,8 @@ from .. import models
 from ..models.features import IMAGENET_MEAN, IMAGENET_STD
 from ..models.weights import Source, WeightsArg, describe, files, resolve, torchvision_enum
 from ..train import checkpoint, load_model
-from ..train.augment import CROP, RESIZE
 from ..train.data import image_size
-from .views import Views, center, resized
+from .views import CROP, SHORT_SIDE, Views, center, resized
 
 _WNID = re.compile(r"n\d{8}")  # WordNet's number of a class, the name of its folder in ImageNet
 
@@ -30,7 +29,7 @@ class Network(NamedTuple):
     classes: tuple[str, ...] | None  # of the outputs; None where they are not known by name
     recipe: str  # that it was trained by
     data: str | None = None  # that it was trained on
-    resize: int | None = RESIZE  # short side of the images that it sees a crop of; None: it sees them whole
+    resize: int | None = SHORT_SIDE  # short side of the images that it sees a crop of; None: it sees them whole
     crop: int | None = CROP  # height and width of that crop
     size: int | None = None  # height and width of whole images, where it is known
     model_name: str = ""  # as `models.get_model` takes it

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..train import data
 from .networks import Network
@@ -78,6 +77,8 @@ def evaluate(
         ValueError: networks that don't go with each other or with the images, or an image that can't be read.
         FloatingPointError: scores that are not finite.
     """
+    from tqdm import tqdm  # late: --help works without it
+
     device = torch.device(device)
     targets = [network.targets(samples.classes) for network in networks]
     for network, other in zip(networks[1:], targets[1:], strict=True):

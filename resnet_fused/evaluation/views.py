@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from ..dispatch import registry
 from ..models import ResNet
@@ -24,8 +23,14 @@ class Views(NamedTuple):
     convolutional: bool = False  # the classifier is applied at every position
 
 
+def _functional() -> Any:
+    from torchvision.transforms.v2 import functional  # late: --help works without it
+
+    return functional
+
+
 def _single(image: Any) -> list[Tensor]:
-    return [v2.functional.to_image(image)[None]]
+    return [_functional().to_image(image)[None]]
 
 
 class _Center:
@@ -33,8 +38,8 @@ class _Center:
         self._resize, self._crop = resize, crop
 
     def __call__(self, image: Any) -> list[Tensor]:
-        crop = v2.functional.center_crop(v2.functional.resize(image, [self._resize]), [self._crop])
-        return [v2.functional.to_image(crop)[None]]
+        crop = _functional().center_crop(_functional().resize(image, [self._resize]), [self._crop])
+        return [_functional().to_image(crop)[None]]
 
 
 def center(resize: int, crop: int) -> Views:
@@ -47,7 +52,7 @@ class _Resized:
         self._size = size
 
     def __call__(self, image: Any) -> list[Tensor]:
-        return [v2.functional.to_image(v2.functional.resize(image, [self._size, self._size]))[None]]
+        return [_functional().to_image(_functional().resize(image, [self._size, self._size]))[None]]
 
 
 def resized(size: int) -> Views:
@@ -56,8 +61,8 @@ def resized(size: int) -> Views:
 
 
 def _ten_crops(image: Any) -> list[Tensor]:
-    crops = v2.functional.ten_crop(v2.functional.resize(image, [SHORT_SIDE]), [CROP])
-    return [torch.stack([v2.functional.to_image(crop) for crop in crops])]
+    crops = _functional().ten_crop(_functional().resize(image, [SHORT_SIDE]), [CROP])
+    return [torch.stack([_functional().to_image(crop) for crop in crops])]
 
 
 SINGLE = Views("the whole image", _single)
@@ -70,7 +75,7 @@ class _MultiScale:
         self._scales = scales
 
     def __call__(self, image: Any) -> list[Tensor]:
-        whole = [v2.functional.to_image(v2.functional.resize(image, [scale])) for scale in self._scales]
+        whole = [_functional().to_image(_functional().resize(image, [scale])) for scale in self._scales]
         return [torch.stack((x, x.flip(-1))) for x in whole]
 
 

@@ -128,7 +128,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: pip install safetensors", name="safetensors") from error
+        needs = 'safetensors: pip install "resnet_fused[export]"'
+        raise ImportError(f"reading {path} needs {needs}", name="safetensors") from error
     try:
         return load_file(path)
     except SafetensorError as error:
