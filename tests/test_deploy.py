@@ -226,12 +226,14 @@ def test_another_engine_gives_the_models_numbers_for_any_batch(name, dtype):
     served = resnet_fused.deploy(model, x, engine=name)
     assert served.engine == name
     with torch.no_grad():
-        for given in (x, x[:1], torch.cat([x, x, x]), x.contiguous(memory_format=torch.channels_last)):
+        for given in (x, x[:1], x[:0], torch.cat([x, x, x]), x.contiguous(memory_format=torch.channels_last)):
             y, expected = served(given), model(given)
             assert y.dtype == dtype
             torch.testing.assert_close(y, expected, rtol=0, atol=64 * torch.finfo(dtype).eps ** 0.75)
     with pytest.raises(ValueError, match=rf"of the example's size \(3, 32, 32\), got \(3, 48, 48\): {name} serves one"):
         served(F.pad(x, (8, 8, 8, 8)))
+    with pytest.raises(ValueError, match=rf"the example's 3 channels, got \({len(x)}, 1, 32, 32\)$"):
+        served(x[:, :1])
 
 
 @pytest.mark.parametrize("engine", ["pytorch", *engines.ENGINES])

@@ -57,6 +57,8 @@ class Deployed:
             raise ValueError(
                 f"x must be a tensor of {dims} dimensions, {dtype}, on {device} as the example; got {given}"
             )
+        if x.shape[1:2] != self._shape[1:2]:
+            raise ValueError(f"x must have the example's {self._shape[1]} channels, got {tuple(x.shape)}")
         if self.engine != "pytorch" and x.shape[1:] != self._shape[1:]:
             raise ValueError(
                 f"x must be of the example's size {tuple(self._shape[1:])}, got {tuple(x.shape[1:])}: "
