@@ -301,6 +301,12 @@ W = torch.randn(6, 4, 3, 3)
         (lambda: ops.batch_norm_act(X, V, V, V, V, residual=X[:1]), r"residual must have shape \(2, 4, 5, 5\)"),
         (lambda: ops.batch_norm_act(X, V, V, V, V, pre_add=X.double()), "pre_add must have .* torch.float32"),
         (lambda: ops.batch_norm_act(X, V, V, V, V, residual_bn=(V, V, V, V)), "residual_bn needs a residual"),
+        (lambda: ops.batch_norm_act(X, V, V, V, V, residual=X, residual_bn=(V, V, V)), "residual_bn must be .*, got 3"),
+        (
+            lambda: ops.batch_norm_act(X, V, V, V, V, residual=X, residual_bn=(V,) * 5, training=False),
+            r"residual_bn must be the four of \(weight, bias, running_mean, running_var\), got 5",
+        ),
+        (lambda: ops.batch_norm_act(X, V, V, V, V, residual=X, residual_bn=0.1), "residual_bn must be .*, got float"),
         (
             lambda: ops.batch_norm_act(X, V, V, V, V, residual=X, residual_bn=(V, V, V[:2], V)),
             r"residual_bn's running_mean must have shape \(4,\)",

@@ -19,6 +19,7 @@ Equivalent to:
     y = F.relu(y + F.batch_norm(residual, *residual_bn...))
 """
 
+from collections.abc import Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -182,22 +183,27 @@ def batch_norm_act(
     """
     short = training and group is None and unwatched() and not tape.active
     if short:
-        call = TrainingCall(
-            *(x, weight, bias, running_mean, running_var, float(momentum), eps, residual),
-            *((None,) * 4 if residual_bn is None else residual_bn),
-            *(
-                residual_bn is not None,
-                pre_add,
-                act == "relu",
-                act == "relu" and residual is not None and residual_bn is None,
-            ),
-        )
+        try:
+            call = TrainingCall(
+                *(x, weight, bias, running_mean, running_var, float(momentum), eps, residual),
+                *((None,) * 4 if residual_bn is None else residual_bn),
+                *(
+                    residual_bn is not None,
+                    pre_add,
+                    act == "relu",
+                    act == "relu" and residual is not None and residual_bn is None,
+                ),
+            )
+        except TypeError:  # free where there is none
+            _check_count(residual_bn)
+            raise
         key = (*keyed(call), act)
         if (serve := plans.short.get(key)) is not None:
             return serve(call)
 
     _checks.image("x", x)
     _checks.act(act)
+    _check_count(residual_bn)
     bn, bn2 = BN(weight, bias, running_mean, running_var), BN(*residual_bn) if residual_bn is not None else NO_BN
     _check_bn("", bn, x)
     if residual is not None:
@@ -253,6 +259,12 @@ def batch_norm_act(
 
 def _copies(*vectors: Tensor | None) -> list[Tensor | None]:
     return [v if v is None or v.requires_grad else v.clone() for v in vectors]
+
+
+def _check_count(residual_bn: object) -> None:
+    count = len(residual_bn) if isinstance(residual_bn, Sized) else type(residual_bn).__name__
+    if residual_bn is not None and count != 4:
+        raise ValueError(f"residual_bn must be the four of (weight, bias, running_mean, running_var), got {count}")
 
 
 def _check_bn(owner: str, bn: Vectors, x: Tensor) -> None:
