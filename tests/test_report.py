@@ -109,6 +109,14 @@ def test_a_change_within_the_spread_is_none(tmp_path):
     assert verdicts == [["same", "faster"], ["same", "same"]]
 
 
+def test_one_figure_of_one_result_and_a_file_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(inference(8, {"torchvision-nhwc": 100.0, "resnet_fused": 120.0})))
+    assert cli.main(["report", str(tmp_path / "a.json"), "-o", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("index.html: 1 figure of 1 result\n")
+    assert cli.main(["report", "nosuch.json", "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "resnet-fused: error: nosuch.json: No such file or directory\n"
+
+
 @pytest.mark.parametrize(
     ("content", "words"), [("{", "no JSON"), ("[1]", "holds no results"), ('{"task": "x"}', "parity")]
 )

@@ -152,6 +152,8 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" on the disk of {error.filename}" if error.filename else ""
         return f"no space left{where}; free some, or put RESNET_FUSED_HOME (weights, data) or --out (runs) elsewhere"
+    if isinstance(error, OSError) and error.filename and error.strerror:  # without its number
+        return f"{error.filename}: {error.strerror}"
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError) and error.name and "pip install" not in line:
         module = error.name.partition(".")[0]

@@ -42,10 +42,14 @@ def main(args: argparse.Namespace) -> int:
     with atomic_write(args.out / "index.html") as file:
         file.write(page)
     slower = [change for change in changes if change.verdict == "slower"]
-    print(f"{args.out / 'index.html'}: {len(figures)} figures of {len(entries)} results")
+    print(f"{args.out / 'index.html'}: {_count(figures, 'figure')} of {_count(entries, 'result')}")
     for change in slower:
         print(f"slower: {change.what}: {change.change:+.1%}")
     return 1 if slower else 0
+
+
+def _count(items: list[Any], what: str) -> str:
+    return f"{len(items)} {what}{'s' * (len(items) != 1)}"
 
 
 def render(entries: list[Entry], figures: list[Figure], changes: list[Any]) -> str:
