@@ -126,6 +126,13 @@ def test_a_truncated_file(tmp_path):
         load_weights(small(), path)
 
 
+@pytest.mark.parametrize("name, what", [("m.onnx", "an ONNX model"), ("m.aoti.pt2", "a program of torch.export")])
+def test_an_exported_model_is_said_to_be_one(tmp_path, name, what):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"{name} are {what}.*; accepted are the tensors of a .pth, .pt, .safetensors"):
+        resnet18(weights=tmp_path / name)
+
+
 def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
     torch.save({"a": Evil()}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="can't be read: it holds an object"):

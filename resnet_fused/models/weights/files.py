@@ -15,6 +15,7 @@ from torch import Tensor
 RUN_CHECKPOINT = "checkpoint.pt"  # in a run's folder
 RUN_FORMAT = "resnet_fused run 1"
 NAMES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".pth.tar")
+_PROGRAMS = {".onnx": "an ONNX model", ".pt2": "a program of torch.export or AOTInductor"}
 _CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 _OBJECT = re.compile(r"GLOBAL ([\w.]+)")  # in the unpickler's message
@@ -51,6 +52,8 @@ def read(path: Path, part: str | None = None) -> tuple[dict[str, Tensor], dict[s
         ValueError: it can't be read, holds something else, or several of which `part` names none.
         OSError, ImportError: no access, or safetensors is missing.
     """
+    if program := _PROGRAMS.get(path.suffix.lower()):
+        raise ValueError(f"weights {path} are {program}; accepted are the tensors of a {', '.join(NAMES)} file")
     content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _load(path)
     if not isinstance(content, dict):
         raise ValueError(f"weights {path} hold a {type(content).__name__}, expected a state_dict")
