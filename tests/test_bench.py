@@ -448,6 +448,7 @@ def test_the_table_fits_80_columns():
     ("arguments", "words"),
     [
         (dict(model="resnet51"), ["model", "resnet51", "resnet50"]),
+        (dict(model="timm/resnet50d"), ["model", "timm/resnet50d", "--fuse"]),
         (dict(variants=["resnet_fused", "tensorrt"]), ["variants", "tensorrt", "torchvision-nhwc"]),
         (dict(baseline="resnet_fused-cuda"), ["baseline", "resnet_fused-cuda", "torchvision-nchw"]),
         (dict(suite="eval"), ["suite", "eval", "training"]),

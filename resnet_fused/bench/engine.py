@@ -13,7 +13,7 @@ from ..models.weights import TORCHVISION_ENUMS
 from . import nvml
 from .cases import SUITES
 from .conditions import conditions
-from .others import Originals
+from .others import TIMM, Originals
 from .report import Report
 from .timing import ROUNDS, SECONDS, SHORT_MS, Track, latency, paired_ratios, silent, time_rounds
 from .variants import FUSED, VARIANTS, default_variants
@@ -77,6 +77,8 @@ def run(
         raise ValueError("variants must name at least one")
     if baseline is None:
         baseline = shown[BASELINE] if shown[BASELINE] in names else names[0]
+    if not fuse and model.startswith(TIMM):
+        raise ValueError(f"model: {model!r} is timm's, which are measured with --fuse (fuse=True)")
     check(None if fuse else model, dtype, batch, image_size, rounds)
     _one_of("variants", names, shown.values())
     _one_of("baseline", [baseline], names)
