@@ -42,7 +42,11 @@ def test_on_a_cpu_it_runs_the_interpreters_part(small, monkeypatch, tmp_path, ca
     monkeypatch.setattr(parity, "interpreted", lambda: (rows, {"cuda": "there is no GPU"}))
     monkeypatch.setattr(host, "figures", lambda name: {"eval": (2.0, 1.0), "train": (2.0, 3.0)})
     assert cli.main(["doctor", "--device", "cpu", "--json", str(tmp_path / "found.json")]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "doctor: checking every operator, backend and dtype",
+        "doctor: timing the host's part of ResNet-50 beside torchvision's",
+    ]
     assert "eval 0.50x, train 1.50x" in out
     assert out.splitlines()[-1].startswith("all 1 checks passed, of triton; no GPU here: on one")
     assert "cuda is not checked: there is no GPU" in out

@@ -4,6 +4,7 @@ import argparse
 import collections
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     print(info.text(found["environment"]), end="\n\n")
     on_gpu = device.type == "cuda"
     print("numbers against float64: the largest error's share of its budget")
+    _now("checking every operator, backend and dtype")
     if on_gpu:
         found["parity"], found["not_checked"] = list(parity.rows(device)), parity.lacking(device)
     else:
@@ -51,6 +53,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     _print(_parity_table(found["parity"]))
     for name, reason in found["not_checked"].items():
         print(f"  {name} is not checked: {reason}")
+    _now("timing the host's part of ResNet-50 beside torchvision's")
     found["host"] = _host()
     print(f"\nhost time of ResNet-50, of torchvision's: {_host_text(found['host'])}")
     if on_gpu:
@@ -62,7 +65,13 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     return 1 if any(row["wrong"] for row in found["parity"]) else 0
 
 
+def _now(what: str) -> None:
+    """What takes seconds, before it does."""
+    print(f"doctor: {what}", file=sys.stderr, flush=True)
+
+
 def _on_gpu(found: dict[str, Any], device: torch.device) -> None:
+    _now("measuring the device's ceilings")
     found["ceilings"] = layers.ceilings(device)
     print(f"\nceilings: copy {found['ceilings']['copy_gb_s']:.0f} GB/s, ", end="")
     print(f"float16 products {found['ceilings']['gemm_tflop_s']:.0f} TFLOP/s")
@@ -70,8 +79,10 @@ def _on_gpu(found: dict[str, Any], device: torch.device) -> None:
     for training in (False, True):
         mode = "training, forward and backward" if training else "inference"
         print(f"\nmicroseconds a layer, ResNet-50, batch {BATCH}, {mode}")
+        _now(f"timing every kind of layer by every backend, {mode}")
         found["layers"][mode] = layers.rows(device, BATCH, SIZE, found["ceilings"], training)
         _print(_layer_table(found["layers"][mode]))
+    _now("starting two processes, with empty caches and with full ones")
     found["cold_start"] = runs.cold_start(device, SIZE)
     print(f"\nfirst ResNet-50 forward pass: {_numbers(found['cold_start'])}")
     model = models.resnet50().to(device).eval()
@@ -82,6 +93,7 @@ def _on_gpu(found: dict[str, Any], device: torch.device) -> None:
     print(f"\nwhat auto chose at batch {BATCH}: {', '.join(f'{ran} {n}x' for ran, n in chosen.most_common())}")
     found["end_to_end"] = []
     print("\nResNet-50 end to end, float16, eager and auto")
+    _now("timing ResNet-50 end to end")
     for batch, training in itertools.product(BATCHES, (False, True)):
         found["end_to_end"].append(row := runs.end_to_end(device, batch, SIZE, training))
         print(f"  batch {batch:3} {'train' if training else 'eval ':5} {_numbers(row)}")
