@@ -119,7 +119,8 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         model: any model of this package, or a fused one.
         x: [N, 3, H, W], on the model's device, or what else the model takes as its one argument.
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled one makes the same choices, but only while it is traced
+    compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+    model = getattr(model, "_orig_mod", model)  # a compiled one makes its choices while it is traced
     buffers = [(b, b.clone()) for b in model.buffers()]
     images = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
     explainer = _Explainer(model, images[0].device)
@@ -138,6 +139,8 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     order = {module: i for i, module in enumerate(model.modules())}
     found = Explanation(row for _, row in sorted(explainer.rows.items(), key=lambda item: order[item[0]]))
     found.summary = _summary(found, model, explainer.device)
+    if compiled and torch.is_grad_enabled() and registry.get_backend() == "auto" and registry.fuses(explainer.device):
+        found.summary += "\nCompiled, what needs gradients is left to torch.compile, which fuses it too."
     return found
 
 

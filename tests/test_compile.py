@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 import resnet_fused
+from resnet_fused.dispatch import registry
 
 X = torch.randn(2, 3, 33, 35, generator=torch.Generator().manual_seed(0))
 
@@ -47,6 +48,24 @@ def test_compile_with_gradients(backend):
     theirs(X).logsumexp(1).sum().backward()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_training_is_left_to_the_compiler_where_nothing_is_forced(backend, monkeypatch):
+    """As on a GPU: `auto` tries the fused backends."""
+    monkeypatch.setattr(registry, "_AUTO_DEVICES", ("cpu",))
+    ours, _ = twins()
+    graphs = []
+    compiled = torch.compile(ours, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with resnet_fused.backend(backend):
+        compiled.train()(X).sum().backward()
+        with torch.no_grad():
+            compiled.eval()(X)
+        explanation = resnet_fused.explain(compiled.train(), X)
+    trained, evaluated = (str([n.target for n in graph.graph.nodes]) for graph in graphs)
+    assert ("autograd_function_apply" in trained) == (backend == "triton")
+    assert evaluated.count("resnet_fused.") == 12
+    assert ("left to torch.compile" in explanation.summary) == (backend == "auto")
 
 
 def test_a_forced_backend_recompiles():

@@ -43,14 +43,20 @@ def act(value: str) -> None:
         raise ValueError(f'act must be "relu" or "none", got {value!r}')
 
 
-def transformed() -> str | None:
+def transformed(trains: bool = False) -> str | None:
     """Why no kernel may serve where PyTorch looks into operators, or None where it does not.
 
     What `auto` traces or exports is plain PyTorch, so that it runs without this package.
+
+    Args:
+        trains: of a BN's step, which Inductor fuses as well; operators that it can't look into cost the host more.
     """
     if torch.compiler.is_compiling():
-        exports = torch.compiler.is_exporting() and registry.get_backend() == "auto"
-        return "torch.export gets plain PyTorch; a forced backend's operators are exported as such" if exports else None
+        if registry.get_backend() != "auto":
+            return None
+        if torch.compiler.is_exporting():
+            return "torch.export gets plain PyTorch; a forced backend's operators are exported as such"
+        return "torch.compile fuses it; a forced backend's operators are compiled as such" if trains else None
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms PyTorch's own operators only"
     if forward_ad._current_level >= 0:

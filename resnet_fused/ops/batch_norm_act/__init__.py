@@ -223,7 +223,7 @@ def batch_norm_act(
             return "one BN has running statistics and the other has none"
         if x.numel() == 0 and batch_statistics and group is None:
             return "an empty batch has no statistics"
-        return _checks.transformed() or registry.unsupported(name, applied)
+        return _checks.transformed(trains and group is None) or registry.unsupported(name, applied)
 
     choice = registry.choose("batch_norm_act", x.device, serves, applied.order())
     fused = choice.backend != registry.PLAIN
