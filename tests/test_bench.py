@@ -427,6 +427,8 @@ def test_host_measures_the_model_that_is_named(monkeypatch, tmp_path):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="host has no 'resnet51'"):
         run_command("--suite", "host", "--model", "resnet51")
+    with pytest.raises(ValueError, match="--fuse goes with --suite inference or training, got --suite host"):
+        run_command("--suite", "host", "--fuse")
 
 
 def test_conditions_say_what_runs():

@@ -88,6 +88,8 @@ def main(args: argparse.Namespace) -> int:
     if args.bytes and (args.suite != "inference" or args.fuse):
         raise ValueError(f"--bytes goes with --suite inference and without --fuse, got --suite {args.suite}")
     _, suite = SUITES[args.suite]
+    if args.fuse and suite is not _models:
+        raise ValueError(f"--fuse goes with --suite inference or training, got --suite {args.suite}")
     return suite(args)
 
 
