@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(kThreads) merge_ranks_kernel(const MergeRanksP
     const float* const own = p.ranks + rank * (2 * p.channels + 1);
     merge(merged, {own[2 * p.channels], {own[channel]}, {own[p.channels + channel]}});
   }
+  if (!(merged.count > 0.f)) merged.mean[0] = merged.m2[0] = nanf("");  // as PyTorch's mean of nothing
   p.mean[channel] = merged.mean[0];
   p.var[channel] = merged.m2[0] / merged.count;
   if (channel == 0) *p.count = merged.count;

@@ -139,8 +139,12 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     order = {module: i for i, module in enumerate(model.modules())}
     found = Explanation(row for _, row in sorted(explainer.rows.items(), key=lambda item: order[item[0]]))
     found.summary = _summary(found, model, explainer.device)
-    if compiled and torch.is_grad_enabled() and registry.get_backend() == "auto" and registry.fuses(explainer.device):
-        found.summary += "\nCompiled, what needs gradients is left to torch.compile, which fuses it too."
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    if compiled and trains and registry.get_backend() == "auto" and registry.fuses(explainer.device):
+        found.summary += (
+            "\nCompiled, what needs gradients is left to torch.compile, which fuses it too; SyncBatchNorm's steps over "
+            "several processes are not."
+        )
     return found
 
 

@@ -6,6 +6,7 @@ import torchvision
 
 import resnet_fused
 from resnet_fused.dispatch import registry
+from resnet_fused.ops.batch_norm_act import formulas
 
 X = torch.randn(2, 3, 33, 35, generator=torch.Generator().manual_seed(0))
 
@@ -66,6 +67,15 @@ def test_training_is_left_to_the_compiler_where_nothing_is_forced(backend, monke
     assert ("autograd_function_apply" in trained) == (backend == "triton")
     assert evaluated.count("resnet_fused.") == 12
     assert ("left to torch.compile" in explanation.summary) == (backend == "auto")
+
+
+def test_the_formula_of_the_mask_compiles():
+    """SyncBatchNorm's, where no fused backend serves."""
+    passes = X > 0
+    torch._dynamo.reset()
+    compiled = torch.compile(formulas._pack, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(passes), formulas._pack(passes))
+    assert torch.equal(formulas._unpack(compiled(passes), X.shape), passes)
 
 
 def test_a_forced_backend_recompiles():

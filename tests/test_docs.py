@@ -167,7 +167,7 @@ def options() -> set[str]:
     """Of every command, and of the programs beside the package."""
     (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     found = {o for command in commands.choices.values() for o in command._option_string_actions} | OTHERS
-    programs = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
+    programs = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("resnet_fused/bench/*.py")]
     return found.union(*(re.findall(r'add(?:_argument|option)\(\s*"(--[\w-]+)"', p.read_text()) for p in programs))
 
 

@@ -67,6 +67,12 @@ def test_the_ranks_are_one_batch(backend, C, shares, mean):
     assert all(torch.equal(*pair) for pair in zip(again, found, strict=True))
 
 
+def test_nothing_counted_is_nan(backend):
+    call = RanksCall(torch.zeros(2, 7), torch.ones(3), torch.ones(3), 0.1)
+    *found, count = ranks.merge(*call)
+    assert all(t.isnan().all() for t in (*found, *call.written())) and count == 0
+
+
 @settings(deadline=None, max_examples=20)
 @given(world=st.integers(1, 9), C=st.integers(1, 40), seed=st.integers(0, 9))
 def test_any_ranks(world, C, seed):
@@ -83,8 +89,9 @@ def test_running_statistics_in_half_precision_and_strided(backend):
     wide = torch.ones(4), torch.ones(4)
     ranks.merge(given, *wide, 0.5)
     half = torch.ones(4).half(), torch.ones(4).half()
+    mixed = torch.ones(4), torch.ones(4).half()
     strided = torch.ones(4, 2)[:, 0], torch.ones(4, 3)[:, 1]
-    for running in (half, strided):
+    for running in (half, mixed, strided):
         ranks.merge(given, *running, 0.5)
         for t, expected in zip(running, wide, strict=True):
             torch.testing.assert_close(t, expected.to(t.dtype))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models, ops
+from ..dispatch import registry
 from ..dispatch.stub import stubbed
 from ..layers import PadShortcut
 from . import host_stages
@@ -210,7 +211,7 @@ def run(names: Sequence[str], rounds: int, compiled: bool = False) -> tuple[dict
         if not compiled:
             _parts(names[0], rounds, device, found)
     ratios = {row["pass"]: row["ratio"] for row in found["models"] if row["model"] == names[0]}
-    mode = "compiled" if compiled else "eager"
+    mode = "compiled" if compiled else registry.PLAIN
     print(f"host: eval {ratios['eval']:.2f}x, train {ratios['train']:.2f}x of torchvision {mode}")
     return found, 0
 

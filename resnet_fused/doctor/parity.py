@@ -15,6 +15,7 @@ from .. import testing
 from ..dispatch import numerics, registry
 from ..ops._library import records
 from ..ops.batch_norm_act.calls import ApplyCall
+from ..ops.batch_norm_act.ranks import RanksCall
 from ..ops.batch_norm_act.training import BackwardCall, TrainingCall
 
 CASES = ("conv-1x1-join", "conv-3x3-join", "conv-3x3-s2", "conv-7x7-s2", "conv-3x3-g32", "conv-bias", "stem",
@@ -82,7 +83,8 @@ def _calls(case: testing.Case, dtype: torch.dtype, device: torch.device) -> list
     z, kept = x if pre_add is None else total, (residual, *bn2[:2], mean2, var2) if two_bn else (None,) * 5
     fields = (y, z, *args[1:3], mean, var, EPS, *kept, mask if join else None, relu, None, True, residual is not None)
     backward = BackwardCall(*fields)
-    return [apply, training, backward]
+    ranks = RanksCall(mean.new_empty(2, 2 * len(mean) + 1), mean, var, 0.1)
+    return [apply, training, backward, *([ranks] if case.id == "bn-relu" else [])]
 
 
 def lacking(device: torch.device) -> dict[str, str]:

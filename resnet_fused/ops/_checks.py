@@ -49,7 +49,7 @@ def transformed(trains: bool = False) -> str | None:
     What `auto` traces or exports is plain PyTorch, so that it runs without this package.
 
     Args:
-        trains: of a BN's step, which Inductor fuses as well; operators that it can't look into cost the host more.
+        trains: of what needs gradients. Inductor fuses it too, and operators that are closed to it cost the host more.
     """
     if torch.compiler.is_compiling():
         if registry.get_backend() != "auto":

@@ -76,7 +76,7 @@ def plain_apply(
 
 
 def _pack(passes: Tensor) -> Tensor:
-    bits = passes.permute(0, 2, 3, 1).flatten(0, 2)
+    bits = passes.permute(0, 2, 3, 1).flatten(0, 2).to(torch.uint8)
     bits = F.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
     return (bits << torch.arange(8, device=bits.device)).sum(2).to(torch.uint8)
 

@@ -1,4 +1,7 @@
-"""SyncBatchNorm's statistics: those of every rank, gathered, as the whole batch's."""
+"""SyncBatchNorm's statistics: those of every rank, gathered, as the whole batch's.
+
+Ranks that one backend serves get the same bits; of different backends they may differ in the last.
+"""
 
 from collections.abc import Hashable
 from typing import NamedTuple, Self
@@ -90,7 +93,7 @@ def merge(
     """mean [C], var [C] and count [] of the whole batch; writes the running statistics."""
     if running_mean is None or running_var is None:
         return _merge(ranks, None, None, momentum)
-    if running_mean.dtype != ranks.dtype:  # half-precision statistics
+    if {running_mean.dtype, running_var.dtype} != {ranks.dtype}:  # half-precision statistics
         mean, var, count = _merge(ranks, None, None, momentum)
         formulas.update_running(running_mean, running_var, mean, var, count, momentum)
         return mean, var, count

@@ -1,6 +1,7 @@
 """A whole BN in training without a process group: one call forward, one backward.
 
-They stand for the four steps where nothing looks at operators; compilers, modes and SyncBatchNorm see the steps.
+They stand for the steps where nothing looks at operators; modes, SyncBatchNorm and a forced backend's compiled
+graph have the steps themselves.
 """
 
 from collections.abc import Callable, Hashable, Sequence

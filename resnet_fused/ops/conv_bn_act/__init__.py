@@ -177,7 +177,7 @@ def conv_bn_act(
     if _checks.needs_grad((bn_weight, bn_bias)):
         lacks = "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
     else:
-        lacks = _checks.transformed()
+        lacks = _checks.transformed(_checks.needs_grad(call))
     choice = registry.choose(call.name, x.device, lambda n: registry.unsupported(n, call) or lacks, call.order())
     if choice.backend == registry.PLAIN:
         registry.record(call.name, choice)

@@ -40,6 +40,9 @@ def merge_ranks_kernel(
         merged += d * part
         n = total
         ranks += 2 * C + 1
+    nothing = tl.where(n > 0, 0.0, float("nan"))  # as PyTorch's mean
+    merged += nothing
+    m2 += nothing
     tl.store(mean + c, merged, in_range)
     tl.store(var + c, tl.div_rn(m2, n), in_range)
     if tl.program_id(0) == 0:
