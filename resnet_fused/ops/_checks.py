@@ -54,7 +54,7 @@ def transformed(trains: bool = False) -> str | None:
     if torch.compiler.is_compiling():
         if registry.get_backend() != "auto":
             return None
-        if torch.compiler.is_exporting():
+        if torch.compiler._is_exporting_flag:  # is_exporting() is True under any compiler in torch 2.11
             return "torch.export gets plain PyTorch; a forced backend's operators are exported as such"
         return "torch.compile fuses it; a forced backend's operators are compiled as such" if trains else None
     if torch._C._are_functorch_transforms_active():
