@@ -124,12 +124,12 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     buffers = [(b, b.clone()) for b in model.buffers()]
     images = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
     explainer = _Explainer(model, images[0].device)
-    previous = layers.block.explainer, registry.listener
-    layers.block.explainer, registry.listener = explainer, explainer.served
+    previous, layers.block.explainer = layers.block.explainer, explainer
     try:
-        model._call_impl(x)  # hooks too, without what model.compile() made
+        with registry.heard_by(explainer.served):
+            model._call_impl(x)  # hooks too, without what model.compile() made
     finally:
-        layers.block.explainer, registry.listener = previous
+        layers.block.explainer = previous
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -41,12 +41,8 @@ def tune(model: nn.Module, x: Tensor, timer: Timer = cuda_timer) -> dict[str, di
         if problem is not None and problem not in found and call[0].numel():
             found[problem] = fastest(call, timer)
 
-    previous, registry.listener = registry.listener, listen
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        registry.listener = previous
+    with registry.heard_by(listen), torch.no_grad():
+        model(x)
     for key, entry in found.items():
         if entry["backend"] is not None:
             speed.remember(x.device, key, entry)

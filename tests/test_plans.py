@@ -182,3 +182,12 @@ def test_the_host_benchmark_ends_in_its_figures():
     assert list(stages)[2:4] == ["resnet_fused: 108 launches", "resnet_fused: 17 autograd nodes in Python"]
     assert len(stages) == 6 and empty == ""
     assert re.fullmatch(r"host: eval \d+\.\d\dx, train \d+\.\d\dx of torchvision eager", last)
+
+
+def test_the_host_benchmark_of_compiled_models_ends_in_its_figures(monkeypatch):
+    """With the compiler off: what it makes is not what is tested."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    script = Path(__file__).parents[1] / "benchmarks/host.py"
+    lines = without_interpreter(str(script), "--models", "resnet18", "--rounds", "1", "--compiled")
+    assert len(lines) == 4 and re.fullmatch(r"host: eval \S+x, train \S+x of torchvision compiled", lines[-1])

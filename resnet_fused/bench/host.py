@@ -196,8 +196,8 @@ def run(names: Sequence[str], rounds: int, compiled: bool = False) -> tuple[dict
         if name not in KNOWN:
             raise ValueError(f"model: the suite {SUITE} has no {name!r}; there are: {', '.join(KNOWN)}")
     device = _device()
-    found: dict[str, Any] = {"task": SUITE, "conditions": conditions(device), "models": [], "operators": {}}
-    found["stages"] = {}
+    found: dict[str, Any] = {"task": SUITE, "conditions": conditions(device)}
+    found |= {"models": [], "operators": {}, "stages": {}}
     with _quiet(device):
         print(f"host microseconds, least of {rounds}, {'real' if device.type == 'cuda' else 'stubbed'} launches")
         for name in names:

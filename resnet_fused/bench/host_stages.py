@@ -69,13 +69,11 @@ def _counted(step: Call) -> tuple[int, int]:
     step()  # leaves plans
     launches: list[None] = []
     calls: list[bool] = []
-    before = registry.listener
-    registry.listener = lambda name, choice, call: calls.append(isinstance(call, TrainingCall))
-    try:
-        with unlaunched(lambda: launches.append(None)):
-            step()
-    finally:
-        registry.listener = before
+    with (
+        registry.heard_by(lambda name, choice, call: calls.append(isinstance(call, TrainingCall))),
+        unlaunched(lambda: launches.append(None)),
+    ):
+        step()
     return len(launches), sum(calls)
 
 

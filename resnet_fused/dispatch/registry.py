@@ -1,6 +1,7 @@
 """Which backends there are, in what order, what the user forced; which one serves a call, and why not a faster one."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -124,6 +125,7 @@ def fuses_by_default(device: torch.device) -> bool:
     return device.type in _AUTO_DEVICES and not _ROCM
 
 
+@functools.cache
 def add_operator(op: str) -> None:
     """Find the backends that serve an operator: those whose folder has a module of its name."""
     for name, module in _MODULES.items():
@@ -224,10 +226,10 @@ def candidates(device: torch.device, order: str, first: str | None = None) -> tu
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """No `explain` or `tune` is told of what runs inside the block, to be timed."""
+def heard_by(listen: Callable[[str, Choice, Any], None] | None) -> Iterator[None]:
+    """What serves every call inside the block is told to this listener alone, or to none."""
     global listener
-    before, listener = listener, None
+    before, listener = listener, listen
     try:
         yield
     finally:

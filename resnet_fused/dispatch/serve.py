@@ -157,7 +157,7 @@ def _candidates(call: Any) -> tuple[list[str], bool]:
 
 
 def _measured(call: Any, names: list[str]) -> dict[str, float]:
-    with registry.unheard():
+    with registry.heard_by(None):
         return speed.measure({name: call.trial(name) for name in (registry.PLAIN, *names)}, call[0].device)
 
 
@@ -213,7 +213,10 @@ def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:
                 warnings.simplefilter("ignore")
                 wrong = refused(backend, call, config)
             if wrong is None:
-                with registry.unheard(), contextlib.suppress(Exception):  # can't launch at this shape, or no memory
+                with (
+                    registry.heard_by(None),
+                    contextlib.suppress(Exception),
+                ):  # can't launch at this shape, or no memory
                     run = implementation.plan(call, config)
                     times.append((timer(partial(run, call)), backend, config))
     if not times:

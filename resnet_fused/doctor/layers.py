@@ -44,12 +44,8 @@ def rows(device: torch.device, batch: int, size: int, limits: dict[str, float], 
             calls.setdefault(layer, call)
             counts[layer] = counts.get(layer, 0) + 1
 
-    listener, registry.listener = registry.listener, listen
-    try:
-        with torch.no_grad() if not training else torch.autocast(device.type, torch.float16):
-            (model if training else model.half())(x if training else x.half())
-    finally:
-        registry.listener = listener
+    with registry.heard_by(listen), torch.no_grad() if not training else torch.autocast(device.type, torch.float16):
+        (model if training else model.half())(x if training else x.half())
     found = []
     for layer, call in calls.items():
         row = {"layer": layer, "layers": counts[layer], "us": measured(call)}

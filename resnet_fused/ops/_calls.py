@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 
 class BN(NamedTuple):
@@ -36,3 +37,9 @@ def metadata(call: Iterable[Any]) -> Hashable:
 def named(call: Any) -> dict[str, Any]:
     """The fields of a NamedTuple."""
     return call._asdict()
+
+
+def wrote(tensors: Iterable[Tensor | None]) -> None:
+    """Tell autograd, which counts the writes to a tensor, but for those of inference mode."""
+    if written := [t for t in tensors if t is not None and not t.is_inference()]:
+        increment_version(written)

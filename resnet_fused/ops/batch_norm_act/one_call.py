@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import plans, registry, speed
+from .._calls import wrote
 from .._short import batched, plain, unwatched
 from . import calls, formulas
 from .training import BackwardCall, TrainingCall
@@ -89,9 +90,7 @@ def run(route: Route | None, call: TrainingCall) -> Tensor | tuple[Tensor, Tenso
     """act(BN(x + pre_add) + residual) and, with a pre_add, the sum."""
     bn2 = call.residual_weight, call.residual_bias
     y = _Train.apply(route, call, call.x, call.weight, call.bias, call.residual, *bn2, call.pre_add)
-    written = [t for t in call.written() if not t.is_inference()]
-    if written:
-        torch.autograd.graph.increment_version(written)
+    wrote(call.written())
     return y
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...dispatch import numerics
+from .._calls import wrote
 from .._library import register
 from . import formulas
 from .calls import Step
@@ -91,12 +92,11 @@ def merge(
     ranks: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean [C], var [C] and count [] of the whole batch; writes the running statistics."""
-    if running_mean is None or running_var is None:
-        return _merge(ranks, None, None, momentum)
-    if {running_mean.dtype, running_var.dtype} != {ranks.dtype}:  # half-precision statistics
-        mean, var, count = _merge(ranks, None, None, momentum)
-        formulas.update_running(running_mean, running_var, mean, var, count, momentum)
-        return mean, var, count
-    found = _merge(ranks, running_mean, running_var, momentum)
-    torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if not t.is_inference()])
-    return found
+    running = running_mean, running_var
+    merged = all(t is not None and t.dtype == ranks.dtype for t in running)  # half-precision ones are not
+    mean, var, count = _merge(ranks, *(running if merged else (None, None)), momentum)
+    if merged:
+        wrote(running)
+    else:
+        formulas.update_running(*running, mean, var, count, momentum)
+    return mean, var, count

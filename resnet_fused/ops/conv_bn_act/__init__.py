@@ -173,16 +173,17 @@ def conv_bn_act(
         *(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps),
         *(stride, padding, dilation, groups, residual, act == "relu"),
     )
+    needs_grad = _checks.needs_grad(call)
     lacks: str | None
     if _checks.needs_grad((bn_weight, bn_bias)):
         lacks = "bn_weight or bn_bias requires a gradient, which needs the convolution's output; use batch_norm_act"
     else:
-        lacks = _checks.transformed(_checks.needs_grad(call))
+        lacks = _checks.transformed(needs_grad)
     choice = registry.choose(call.name, x.device, lambda n: registry.unsupported(n, call) or lacks, call.order())
     if choice.backend == registry.PLAIN:
         registry.record(call.name, choice)
         return call.reference()
-    y = (_ConvBNAct.apply if _checks.needs_grad(call) else _op)(*call)
+    y = (_ConvBNAct.apply if needs_grad else _op)(*call)
     plan = plans.kept.get((call.key(), registry.get_backend())) if short else None
     if plan is not None and plain(call):
         plans.keep(plans.short, key, plan)
