@@ -74,7 +74,6 @@ def work(rank, world, port, backend, recompute, folder):
     [
         (2, "eager", None),
         (3, "eager", "blocks"),
-        (2, "triton", None),
         (3, "triton", None),
         (2, "triton", "activations"),
     ],

@@ -22,16 +22,7 @@ from resnet_fused.models import get_model
 from resnet_fused.ops.conv_bn_act import Call
 
 WHOLE = ["resnet18", "resnet50"]
-CUT = [
-    "resnet34",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "resnet101",
-    "resnet152",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet101_2",
-]
+CUT = ["resnext50_32x4d", "wide_resnet50_2", "resnext101_32x8d"]  # the others have these blocks, only more of them
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -79,7 +70,7 @@ def test_models_against_torchvision(name):
 
 def test_a_real_photograph_keeps_its_classes(msra):
     model = get_model("resnet50", weights="MSRA").eval()
-    preprocess = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=160, resize_size=183)
+    preprocess = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=96, resize_size=110)
     x = preprocess(Image.fromarray(skimage.data.chelsea())).unsqueeze(0)
     with torch.no_grad():
         expected = model(x).softmax(1)

@@ -149,6 +149,12 @@ def test_masks_go_from_one_backend_to_the_other(C, writer, reader):
     torch.testing.assert_close(*sums)
 
 
+def two_blocks_a_stage(model):
+    for i in range(1, 5):
+        setattr(model, f"layer{i}", getattr(model, f"layer{i}")[:2])
+    return model
+
+
 @pytest.mark.parametrize("name", TORCHVISION_ENUMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,6 +166,8 @@ def test_models_against_torchvision(name, dtype, backend, monkeypatch):
         bn.running_var.fill_(4)  # 152 layers of a fresh BN's overflow float16
     theirs = torchvision.models.get_model(name).cuda().eval().to(memory_format=torch.channels_last)
     theirs.load_state_dict(ours.state_dict())
+    if VIRTUAL:  # there are no kernels but those of a stage's first two blocks
+        ours, theirs = map(two_blocks_a_stage, (ours, theirs))
     x = torch.randn(2, 3, SIZE, SIZE, device="cuda")
     with torch.no_grad():
         exact = theirs.double()(x.double())

@@ -68,11 +68,15 @@ def test_bits_are_torchvisions(name):
             assert_same_bits(ours, theirs, x.to(dtype, memory_format=layout), mode)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("images, weights", [("nchw", "nhwc"), ("nhwc", "nchw"), ("nhwc", "nhwc"), ("nchw", "nchw")])
-def test_every_layout_of_images_and_weights_gives_torchvisions_bits(name, dtype, images, weights):
-    ours, theirs = (m.to(dtype) for m in twins(name))
+def test_every_layout_of_images_and_weights_gives_torchvisions_bits(block, dtype, images, weights):
+    models = []
+    for package in (resnet_fused, torchvision.models.resnet):
+        torch.manual_seed(0)
+        models.append(package.ResNet(getattr(package, block), [2, 1, 1, 1]).to(dtype))
+    ours, theirs = models
     x = torch.randn(2, 3, 33, 35, dtype=dtype)
     if images == "nhwc":
         x = x.contiguous(memory_format=CHANNELS_LAST)
