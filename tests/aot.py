@@ -179,7 +179,7 @@ def conv_launches(conv: Conv, batch: int, dtype: torch.dtype, tf32: bool, arch: 
     """The default configuration, or every candidate."""
     shape, weight_shape = (batch, conv.C, conv.size, conv.size), (conv.K, conv.C // conv.groups, conv.R, conv.R)
     geometry = ([conv.stride] * 2, [conv.R // 2] * 2, [1, 1], conv.groups)
-    assert conv_bn_act.supported(shape, weight_shape, *geometry, dtype) is None
+    assert conv_bn_act.unsupported(shape, weight_shape, *geometry, dtype) is None
     device = {"capability": divmod(arch, 10), "multiprocessors": MULTIPROCESSORS[arch]}
     problem = conv_bn_act.problem(shape, weight_shape, *geometry, dtype, allow_tf32=tf32, **device)
     x = torch.empty(shape, dtype=dtype, device="meta")

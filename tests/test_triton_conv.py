@@ -235,6 +235,6 @@ def test_offsets_past_2_31(C, H, W, channels_last, dilated):
         ((1, 1, 2**16, 2**15), (1, 1, 1, 1), 1, torch.float16, "2^31"),
     ],
 )
-def test_supported(x_shape, weight_shape, groups, dtype, reason):
-    found = triton_conv.supported(x_shape, weight_shape, [1, 1], [1, 1], [1, 1], groups, dtype)
+def test_unsupported(x_shape, weight_shape, groups, dtype, reason):
+    found = triton_conv.unsupported(x_shape, weight_shape, [1, 1], [1, 1], [1, 1], groups, dtype)
     assert found is None if reason is None else reason in found

@@ -156,8 +156,8 @@ def implementation(name: str, op: str) -> ModuleType:
 
 def unsupported(name: str, call: Any) -> str | None:
     """Why a backend that is there can't serve a call, or None; from metadata alone."""
-    serves = _implementations.get((name, call.op))
-    return _MODULES[name].lacks(call.op) if serves is None else serves.unsupported(call)
+    module = _implementations.get((name, call.op))
+    return _MODULES[name].lacks(call.op) if module is None else module.unsupported(call)
 
 
 def splits(name: str, call: Any) -> str | None:
@@ -193,20 +193,21 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 
 def choose(
-    op: str, device: torch.device, supported: Callable[[str], str | None], order: str, first: str | None = None
+    op: str, device: torch.device, against: Callable[[str], str | None], order: str, preferred: str | None = None
 ) -> Choice:
-    """The backend for one call: the first candidate that is there and whose `supported(name)` gives no reason against.
+    """The backend for one call: the first candidate that is there and that nothing speaks against.
 
     Args:
+        against: of a backend's name, why it can't or should not serve, or None.
         order: the call's shape class in the table of defaults.
-        first: a backend to try before these, the fastest on this device where that is known.
+        preferred: a backend to try before these, the fastest on this device where that is known.
 
     Raises:
         BackendUnavailable: the forced backend can't serve the call.
     """
     rejected: tuple[tuple[str, str], ...] = ()
-    for name in candidates(device, order, first):
-        reason = unavailable(name, device) or supported(name)
+    for name in candidates(device, order, preferred):
+        reason = unavailable(name, device) or against(name)
         if reason is None:
             return Choice(name, rejected)
         rejected = (*rejected, (name, reason))
@@ -215,14 +216,14 @@ def choose(
     return Choice("eager", rejected)
 
 
-def candidates(device: torch.device, order: str, first: str | None = None) -> tuple[str, ...]:
+def candidates(device: torch.device, order: str, preferred: str | None = None) -> tuple[str, ...]:
     """The fused backends to try, best first."""
     names = _ORDER[order]  # looked up for eager too: a class without a line fails on the CPU
     if not fuses(device):
         return ()
     if _forced != "auto":
         return (_forced,)
-    return names if first not in names else (first, *names)
+    return names if preferred not in names else (preferred, *names)
 
 
 @contextlib.contextmanager

@@ -32,9 +32,9 @@ def first(call: Any, preferred: str | None = None) -> tuple[Any, Plan, bool]:
 
     Where a backend that nobody forced can't launch, the next one serves.
     """
-    failed: dict[str, str] = {}
+    out: dict[str, str] = {}  # backends that can't launch, and why
     while True:
-        plan = decide(call, preferred, failed)
+        plan = decide(call, preferred, out)
         name = plan.choice.backend
         last = name in (registry.PLAIN, registry.get_backend())
         before = [] if last else [t.clone() for t in call.written()]
@@ -47,37 +47,37 @@ def first(call: Any, preferred: str | None = None) -> tuple[Any, Plan, bool]:
                 raise
             for t, value in zip(call.written(), before, strict=True):
                 t.copy_(value)
-            failed[name] = trust.failed(f"{call.name}/{name}", error)
+            out[name] = trust.failed(f"{call.name}/{name}", error)
             continue
         passing = any(isinstance(reason, trust.Passing) for _, reason in plan.choice.rejected)
         return result, plan, not passing and not trust.capturing(call[0].device)  # a capture puts checks off
 
 
-def decide(call: Any, first: str | None = None, failed: dict[str, str] | None = None) -> Plan:
+def decide(call: Any, preferred: str | None = None, out: dict[str, str] | None = None) -> Plan:
     """The first backend that can serve, is right on this device and, where that was timed, is the fastest.
 
-    first: a backend to try before all others.
-    failed: backends that are out, and why.
+    preferred: a backend to try before all others.
+    out: backends that are not to be tried, and why.
     """
     device, config, times = call[0].device, None, timed(call)
     tuned = _tuned(call)
-    if first is None:
-        first = tuned["backend"] if tuned is not None else min(times, key=lambda name: times[name], default=None)
+    if preferred is None:
+        preferred = tuned["backend"] if tuned is not None else min(times, key=lambda name: times[name], default=None)
 
-    def serves(name: str) -> str | None:
+    def against(name: str) -> str | None:
         nonlocal config
-        if failed and name in failed:
-            return failed[name]
+        if out and name in out:
+            return out[name]
         if tuned is not None and tuned["backend"] == registry.PLAIN:
             return "eager was the fastest when this shape was tuned"
-        if tuned is None and times and name not in times:
-            return "it was not timed with the others"
-        if tuned is None and times and times[name] > times[registry.PLAIN]:
+        if tuned is None and name in times and times[name] > times[registry.PLAIN]:
             return slower(name, times)
         config, reason = _configured(name, call, tuned)
+        if reason is None and tuned is None and times and name not in times:
+            return "it was not timed with the others"
         return reason
 
-    choice = registry.choose(call.name, device, serves, call.order(), first)
+    choice = registry.choose(call.name, device, against, call.order(), preferred)
     config = None if choice.backend == registry.PLAIN else config
     split = registry.splits(choice.backend, call)
     if split is not None:
@@ -115,7 +115,7 @@ def _configured(name: str, call: Any, tuned: dict[str, Any] | None = None) -> tu
     config = configs[0]
     if tuned is not None and tuned["backend"] == name and tuned["config"] in configs:
         config = tuned["config"]  # no other: the file may hold anything
-    return config, refused(name, call, config)
+    return config, untrusted(name, call, config)
 
 
 def timed(call: Any) -> dict[str, float]:
@@ -168,7 +168,7 @@ def trial(name: str, call: Any) -> speed.Launch:
     return lambda: run(next(calls))
 
 
-def refused(name: str, call: Any, config: Any) -> str | None:
+def untrusted(name: str, call: Any, config: Any) -> str | None:
     """Why the kernel class that would serve the call failed its check on this device, or None."""
     try:
         kernel = registry.implementation(name, call.op).kernel_class(call, config)
@@ -211,7 +211,7 @@ def fastest(call: Any, timer: speed.Timer) -> dict[str, Any]:
         for config in implementation.configs(call):
             with warnings.catch_warnings():  # a candidate that does not fit this device is no news here
                 warnings.simplefilter("ignore")
-                wrong = refused(backend, call, config)
+                wrong = untrusted(backend, call, config)
             if wrong is None:
                 with (
                     registry.heard_by(None),

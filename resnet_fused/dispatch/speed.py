@@ -1,8 +1,8 @@
 """What is fastest on this device: the winners that `tune` found by layer shape, and what a layer's first use measured.
 
-At the first use of a layer class on a GPU the default configuration of every trusted backend and eager itself are
-timed, and the microseconds are kept. RESNET_FUSED_CALIBRATE=off leaves it to the table of guesses, `full` times every
-configuration as `tune` does.
+At the first use of a layer class on a GPU (`serve.timed`) the default configuration of every trusted backend and eager
+itself are timed, and the microseconds are kept. RESNET_FUSED_CALIBRATE=off leaves it to the table of guesses, `full`
+times every configuration as `tune` does.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from . import plans, registry
 from .store import Store
 
 Launch = Callable[[], Any]
-Timer = Callable[[Launch], float]  # a launch -> milliseconds
+Timer = Callable[[Launch], float]  # a launch -> milliseconds, as Triton has them
 MODES = ("auto", "off", "full")  # of RESNET_FUSED_CALIBRATE
 _TIMED_DEVICES = ("cuda",)
 _ROUNDS, _ROUND_US, _SLOW_US = 3, 2000.0, 2000.0  # a slow launch is timed once

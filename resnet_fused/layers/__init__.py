@@ -15,8 +15,8 @@ from torch.fx import Proxy
 from ..dispatch import registry
 from . import block
 from .block import Sum, as_modules, run_block
+from .pad_shortcut import PadShortcut
 from .recompute import REPEATABLE, keeping_convolutions, recomputed, recomputes
-from .shortcut import PadShortcut
 from .stem import Normalization, as_floating, run_stem
 from .steps import INPUT, Step, called_plainly, counters
 

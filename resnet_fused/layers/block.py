@@ -254,7 +254,7 @@ def _bn(
 def _bn(
     x: Tensor, bn: BatchNorm, act: nn.Module | None, addend: Addend, source: Tensor, pre_add: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """After the step's convolution: BN, the shortcut's BN where it may join, add and ReLU as one."""
+    """After the step's convolution: BN, the shortcut's BN where it may join (in inference `_conv_bn`), add, ReLU."""
     residual, residual_bn = None, None
     inner = projection(addend) if isinstance(addend, (nn.Module, Step)) else None
     if inner is not None and _joins(inner, bn):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.batch_norm_act.tape import tape
 from .block import explained_bn, pre_activation, projection, run_step
-from .shortcut import PadShortcut
+from .pad_shortcut import PadShortcut
 from .steps import Step, called_plainly, fusable
 
 REPEATABLE = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity)  # the same again, and nothing else

@@ -130,13 +130,8 @@ class _Run:
     def _iterate_all(self, came: Signals) -> None:
         settings = self.settings
         log = Log(self.out, self.step, self.evaluated) if self.world.rank == 0 else None
-        bar = tqdm(
-            total=settings.iterations,
-            initial=self.step,
-            desc=settings.model,
-            unit="it",
-            disable=None if self.world.rank == 0 else True,
-        )
+        quiet = None if self.world.rank == 0 else True  # None: where there is no terminal
+        bar = tqdm(total=settings.iterations, initial=self.step, desc=settings.model, unit="it", disable=quiet)
         with bar, contextlib.closing(log) if log else contextlib.nullcontext():
             if self._evaluates() and self.evaluated < self.step:  # it stopped there
                 self._evaluate(log, came)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..conv import conv_then, dense_vectors, dtypes_unsupported, with_dense_vectors
+from . import conv
 from .batch_norm_apply import plan_apply
-from .conv import Config, candidates, plan_conv_bn_act, problem_on, supported
+from .conv import Config, candidates, plan_conv_bn_act, problem_on
 from .launch import compiled_class
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def unsupported(call: "Call") -> str | None:
 
 def split(call: "Call") -> str | None:
     geometry = (call.stride, call.padding, call.dilation, call.groups)
-    reason = supported(call.x.shape, call.weight.shape, *geometry, call.x.dtype)
+    reason = conv.unsupported(call.x.shape, call.weight.shape, *geometry, call.x.dtype)
     return reason and f"{reason}: PyTorch's convolution, then BN, add and ReLU in one pass"
 
 

@@ -218,14 +218,14 @@ def batch_norm_act(
     trains = batch_statistics or _checks.needs_grad((x, weight, bias, residual, pre_add, *bn2))
     applied = ApplyCall(x, *bn, eps, residual, *bn2, pre_add, act == "relu", False)
 
-    def serves(name: str) -> str | None:
+    def against(name: str) -> str | None:
         if residual_bn is not None and (running_mean is None) != (bn2.mean is None):
             return "one BN has running statistics and the other has none"
         if x.numel() == 0 and batch_statistics and group is None:
             return "an empty batch has no statistics"
         return _checks.transformed(trains and group is None) or registry.unsupported(name, applied)
 
-    choice = registry.choose("batch_norm_act", x.device, serves, applied.order())
+    choice = registry.choose("batch_norm_act", x.device, against, applied.order())
     fused = choice.backend != registry.PLAIN
     if not fused:
         registry.record("batch_norm_act", choice)

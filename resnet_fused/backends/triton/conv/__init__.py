@@ -21,13 +21,13 @@ __all__ = [
     "plan_conv_bn_act",
     "problem",
     "problem_on",
-    "supported",
+    "unsupported",
 ]
 
 _FLAT_CHANNELS = 4  # up to here R, S and C are one dimension, and x is read in whatever layout it has
 
 
-def supported(
+def unsupported(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
     stride: Sequence[int],

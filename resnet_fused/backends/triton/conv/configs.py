@@ -24,10 +24,10 @@ class Problem(NamedTuple):
     multiprocessors: int
 
     def programs(self, block_m: int, block_n: int) -> int:
-        return ceil(self.M, block_m) * self.groups * ceil(self.K, block_n)
+        return cdiv(self.M, block_m) * self.groups * cdiv(self.K, block_n)
 
 
-def ceil(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -39,7 +39,7 @@ def _power_of_2(low: int, n: int, high: int) -> int:
 def _config(p: Problem, block_m: int, block_n: int, stages: int = 4, descriptors: bool = False) -> Config:
     depth = p.taps * p.C if p.flat else p.C
     block_k = _power_of_2(16, depth, 32 if p.flat else 128 // p.itemsize)  # a line of 128 bytes
-    steps = 2 if p.flat else ceil(depth, block_k) * p.taps  # 2-byte loads of the flat kernel are not pipelined
+    steps = 2 if p.flat else cdiv(depth, block_k) * p.taps  # 2-byte loads of the flat kernel are not pipelined
     stage = (block_m + block_n) * block_k * p.itemsize
     stages = stages if p.itemsize == 2 else 3  # with more, sm_80 spills in multiply-adds and sm_100 in TF32
     return {
@@ -73,7 +73,7 @@ def config(p: Problem) -> Config:
 
 
 def candidates(p: Problem) -> list[Config]:
-    """What a tuner may try, the default first."""
+    """What `tune` tries; the first is the default, with which a layer runs that was not tuned."""
     default = config(p)
     tiles = [t for t in _tiles(p) if 4 * p.programs(*t) >= p.multiprocessors] or _tiles(p)[-1:]
     if p.wide and p.tensor_cores and p.K > 128 and p.programs(128, 256) >= p.multiprocessors:
