@@ -149,6 +149,9 @@ def test_variants_of_which_none_can_run_are_an_error_and_no_table(capsys):
     out, err = capsys.readouterr()
     assert out == "" and "error: none of the variants can run: resnet_fused-cuda: " in err.splitlines()[-1]
     assert "; resnet_fused+graph: CUDA graphs need a CUDA device" in err
+    assert main(["bench", "--suite", "ops", "--device", "cpu", "--variants", "cuda,cudnn"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "error: none of the variants can run: cuda: " in err and "; cudnn: " in err
 
 
 def test_failing_variant_leaves_the_others(plant, timed):

@@ -141,6 +141,7 @@ def _ops(args: argparse.Namespace) -> int:
     for name in names:
         if name not in known:
             raise ValueError(f"variants: unknown {name!r}; the suite ops has: {', '.join(known)}")
+    _some_can_run({name: None if name == ops.COMPILED else registry.unavailable(name, device) for name in names})
     found = {name: ceilings.measured(dtype, device) for name, dtype in dtypes.items()}
     for name, c in found.items():
         print(f"{name}: copy {c.bytes_per_s / 1e9:.0f} GB/s, matrix product {c.flops_per_s / 1e12:.2f} TFLOP/s")
@@ -149,6 +150,13 @@ def _ops(args: argparse.Namespace) -> int:
     report = collect(report, ops.rows(names, dtypes, device, found), args.json, args.resume, ops.line)
     wrong = [b for row in report["rows"] for b in row["backends"].values() if b["status"] in ("refused", "failed")]
     return _written(args, report, 1 if wrong else 0)
+
+
+def _some_can_run(reasons: dict[str, str | None]) -> None:
+    """reasons: of every variant why it can't run, or None."""
+    if all(reasons.values()):
+        told = "; ".join(f"{variant}: {reason}" for variant, reason in reasons.items())
+        raise registry.BackendUnavailable(f"none of the variants can run: {told}")
 
 
 def _written(args: argparse.Namespace, found: Any, status: int = 0) -> int:
@@ -176,10 +184,7 @@ def _models(args: argparse.Namespace) -> int:
         of_bytes=args.bytes,
         track=progress,
     )
-    if all(r.status == "unavailable" for r in report.results):
-        raise registry.BackendUnavailable(
-            f"none of the variants can run: {'; '.join(f'{r.variant}: {r.reason}' for r in report.results)}"
-        )
+    _some_can_run({r.variant: r.reason if r.status == "unavailable" else None for r in report.results})
     print(report.table())
     return _written(args, report.to_dict(), 0 if report.ok else 1)
 
