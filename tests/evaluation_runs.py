@@ -40,17 +40,6 @@ def saved_fixture(tmp_path):
     return saved
 
 
-@pytest.fixture(name="output")
-def output_fixture(capsys):
-    def run(*argv):
-        status = main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        assert status == 0, err
-        return out
-
-    return run
-
-
 @pytest.fixture(name="fails")
 def fails_fixture(capsys):
     def run(*argv):
