@@ -35,6 +35,13 @@ def twins(**kwargs):
     return ours, theirs
 
 
+def first_blocks(model, n=1):
+    """The model with the first n blocks of each stage."""
+    for i in range(1, 5):
+        setattr(model, f"layer{i}", getattr(model, f"layer{i}")[:n])
+    return model
+
+
 def images(model):
     return X.to(model.conv1.weight.device)
 

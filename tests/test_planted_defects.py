@@ -151,8 +151,11 @@ def test_its_text_is_there(defect):
 
 @pytest.mark.virtual_gpu
 def test_without_a_defect_they_pass(tmp_path):
+    tests = [f"({d.tests})" for d in DEFECTS if met(d)]
+    if not tests:
+        pytest.skip(f"none is planted at {VIRTUAL}, or none but in compiled kernels without the extension")
     copy_package(tmp_path)
-    done = run(" or ".join(f"({d.tests})" for d in DEFECTS if met(d)), tmp_path)
+    done = run(" or ".join(tests), tmp_path)
     assert done.returncode == 0, done.stdout[-2000:]
 
 

@@ -84,6 +84,27 @@ def test_the_fastest_serves_and_is_timed_once(clock, call, fastest):
     assert ran(call)[0].backend == fastest and len(clock.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "refused, told",
+    [("wrong by 7", "wrong by 7"), (trust.Passing("no memory"), "it was not timed with the others")],
+    ids=["wrong", "passing"],
+)
+def test_a_backend_that_was_not_timed_says_why_once(clock, monkeypatch, refused, told):
+    asked = []
+    monkeypatch.setattr(speed, "times", lambda device, layer_class: {"eager": 0.5})
+    monkeypatch.setattr(trust, "refused", lambda *args: asked.append(args) or refused)
+    choices = [ran(conv)[0] for _ in range(3)]
+    assert all(c.backend == "eager" and ("triton", told) in c.rejected for c in choices)
+    assert len(asked) <= 2 and not clock.asked  # by the first call alone: the plan was kept
+
+
+def test_in_a_capture_a_backend_that_was_not_timed_is_not_warned_of(clock, monkeypatch, recwarn):
+    monkeypatch.setattr(speed, "times", lambda device, layer_class: {"eager": 0.5})
+    monkeypatch.setattr(trust, "capturing", lambda device: True)
+    assert ("triton", "it was not timed with the others") in ran(conv)[0].rejected
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("call", [conv, train])
 def test_where_eager_wins_the_bits_are_eagers(clock, call):
     clock["eager"] = 0.5

@@ -32,9 +32,9 @@ def first(call: Any, preferred: str | None = None) -> tuple[Any, Plan, bool]:
 
     Where a backend that nobody forced can't launch, the next one serves.
     """
-    out: dict[str, str] = {}  # backends that can't launch, and why
+    failed: dict[str, str] = {}
     while True:
-        plan = decide(call, preferred, out)
+        plan = decide(call, preferred, failed)
         name = plan.choice.backend
         last = name in (registry.PLAIN, registry.get_backend())
         before = [] if last else [t.clone() for t in call.written()]
@@ -47,17 +47,17 @@ def first(call: Any, preferred: str | None = None) -> tuple[Any, Plan, bool]:
                 raise
             for t, value in zip(call.written(), before, strict=True):
                 t.copy_(value)
-            out[name] = trust.failed(f"{call.name}/{name}", error)
+            failed[name] = trust.failed(f"{call.name}/{name}", error)
             continue
         passing = any(isinstance(reason, trust.Passing) for _, reason in plan.choice.rejected)
         return result, plan, not passing and not trust.capturing(call[0].device)  # a capture puts checks off
 
 
-def decide(call: Any, preferred: str | None = None, out: dict[str, str] | None = None) -> Plan:
+def decide(call: Any, preferred: str | None = None, failed: dict[str, str] | None = None) -> Plan:
     """The first backend that can serve, is right on this device and, where that was timed, is the fastest.
 
     preferred: a backend to try before all others.
-    out: backends that are not to be tried, and why.
+    failed: backends that can't launch, and why.
     """
     device, config, times = call[0].device, None, timed(call)
     tuned = _tuned(call)
@@ -66,15 +66,15 @@ def decide(call: Any, preferred: str | None = None, out: dict[str, str] | None =
 
     def against(name: str) -> str | None:
         nonlocal config
-        if out and name in out:
-            return out[name]
+        if failed and name in failed:
+            return failed[name]
         if tuned is not None and tuned["backend"] == registry.PLAIN:
             return "eager was the fastest when this shape was tuned"
-        if tuned is None and name in times and times[name] > times[registry.PLAIN]:
+        if tuned is None and times and name not in times:
+            return _untimed(name, call)
+        if tuned is None and times and times[name] > times[registry.PLAIN]:
             return slower(name, times)
         config, reason = _configured(name, call, tuned)
-        if reason is None and tuned is None and times and name not in times:
-            return "it was not timed with the others"
         return reason
 
     choice = registry.choose(call.name, device, against, call.order(), preferred)
@@ -90,6 +90,12 @@ def decide(call: Any, preferred: str | None = None, out: dict[str, str] | None =
 def slower(name: str, times: dict[str, float]) -> str:
     """Why eager serves, from `timed`."""
     return f"{times[name]:.1f} us, eager {times[registry.PLAIN]:.1f} us"
+
+
+def _untimed(name: str, call: Any) -> str:
+    """Why a backend was not timed where others were; never a reason that passes: the plan lasts."""
+    reason = None if trust.capturing(call[0].device) else _configured(name, call)[1]
+    return "it was not timed with the others" if reason is None or isinstance(reason, trust.Passing) else reason
 
 
 def _tuned(call: Any) -> dict[str, Any] | None:
