@@ -154,9 +154,8 @@ def _summary(rows: list[Row], model: nn.Module, device: torch.device) -> str:
     parts = [f"{fused} of {len(steps)} steps fused, {len(rows) - len(steps)} modules beside them"]
     serving = not model.training and not torch.is_grad_enabled()
     if serving and registry.get_backend() == "auto" and not registry.fuses(device):
-        parts += [
-            f'resnet_fused.backend("{name}") fuses steps here' for name in registry.apart_from_auto(device) if steps
-        ]
+        others = registry.apart_from_auto(device) if steps else []
+        parts += [f'resnet_fused.backend("{name}") fuses steps here, faster or not' for name in others]
     if registry.fuses(device) and any("BatchNorm" in row.modules for row in rows if row.ran == [_OUTSIDE]):
         parts.append("resnet_fused.fuse(model) fuses the convolution + BN chains among these modules")
     if serving:

@@ -92,6 +92,11 @@ def test_noise_is_a_warning():
     assert report.table().count("warning: ") == 2 and report.to_dict()["warnings"] == [overlap, load]
 
 
+def test_one_round_is_a_warning():
+    report = noisy(theirs=[12.0], compiled=[5.0])
+    assert report.warnings() == ["1 round: no fewer than 3 tell a difference from noise"]
+
+
 def test_a_spread_over_five_percent_is_said():
     report = noisy(theirs=[10.0, 10.1, 10.2], ours=[5.0, 6.0, 7.0])
     [warning] = report.warnings()

@@ -10,7 +10,7 @@ import resnet_fused
 from resnet_fused import cli, doctor
 from resnet_fused.bench import host
 from resnet_fused.dispatch import numerics, speed, store, trust
-from resnet_fused.doctor import command, layers, parity, runs
+from resnet_fused.doctor import command, layers, parity, process, runs
 
 ROW = {"operator": "conv_bn_act", "case": "conv-1x1", "dtype": "float16", "backend": "triton", "share": 0.5}
 
@@ -83,6 +83,22 @@ def test_the_interpreter_has_a_process_of_its_own(monkeypatch):
     done.returncode = 1
     with pytest.raises(RuntimeError, match="^b$"):
         parity.interpreted()
+
+
+def test_a_file_of_the_current_folder_is_not_imported(monkeypatch, tmp_path):
+    (tmp_path / "grp.py").write_text("raise ValueError('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert process.run("-c", "import grp, resnet_fused; print(resnet_fused.__file__)").strip() == resnet_fused.__file__
+
+
+def test_nothing_checked_is_no_success(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(parity, "interpreted", broken)
+    monkeypatch.setattr(host, "figures", lambda name: {})
+    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "NOTHING was checked: the interpreter's part: no compiler"
 
 
 def test_a_cold_start_is_two_processes():

@@ -236,8 +236,18 @@ def test_pretrained_is_taken_as_torchvision_takes_it(monkeypatch):
     with pytest.warns(UserWarning, match="'pretrained' is deprecated; it stands for weights=None"):
         resnet_fused.resnet18(pretrained=False)
     assert asked == [("resnet18", "IMAGENET1K_V1"), ("resnet18", None)]
+    with pytest.warns(UserWarning, match="'pretrained' is deprecated; it stands for weights='IMAGENET1K_V1'"):
+        resnet_fused.resnet50(True)
+    resnet_fused.resnext50_32x4d(None, False)
+    assert asked[2:] == [("resnet50", "IMAGENET1K_V1"), ("resnext50_32x4d", None)]
     with pytest.raises(TypeError, match="pretrained"):
         resnet_fused.resnet18(weights="DEFAULT", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_what_is_no_tensor_is_named(name):
+    with pytest.raises(TypeError, match=r"x must be a tensor \[N, C, H, W\], got ndarray"):
+        get_model(name)(torch.zeros(1, 3, 32, 32).numpy())
 
 
 class TestTorchvisionsRegistry:

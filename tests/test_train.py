@@ -78,8 +78,10 @@ def test_a_broken_evaluation_costs_no_training(run, fails, tmp_path, capsys):
     whole = image.read_bytes()
     options = ("--recipe", "imagenet", "--model", "resnet18", "--data", folder, "--workers", "1", "--iterations", "2")
     options = (*options, "--batch", "2", "--eval-every", "2", "--save-every", "9", "--plateau")
-    run("whole", *options)
-    capsys.readouterr()
+    run("whole", *options, "--resume")
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == f"{tmp_path / 'whole'} holds no run yet: a new one begins"
+    assert err[1] == f"resnet18 on {folder}, cpu: iterations 1 to 2"
     image.write_bytes(b"no image")
     assert "1.png can't be read" in fails(*options)
     assert checkpoint.read(tmp_path / "run")["step"] == 2

@@ -15,6 +15,7 @@ from .timing import ROUNDS, SECONDS
 from .variants import is_ours
 
 NOISY = 0.05  # spread
+FEW = 3  # rounds
 
 
 @dataclass
@@ -102,6 +103,9 @@ class Report:
         noisy = [f"{name} {share:.0%}" for name, share in spreads.items() if share > NOISY]
         if noisy:
             found.append(f"noisy: times spread over {NOISY:.0%}, between the quartiles: {', '.join(noisy)}")
+        rounds = min((len(r.samples_ms) for r in self.results if r.samples_ms), default=FEW)
+        if rounds < FEW:
+            found.append(f"{rounds} round{'s' * (rounds > 1)}: no fewer than {FEW} tell a difference from noise")
         if c["load"] > c["cpus"] / 4:
             found.append(f"the load was {c['load']:.1f} on {c['cpus']} CPUs at the start: something else was running")
         return found

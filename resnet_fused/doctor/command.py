@@ -62,7 +62,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     print(f"\n{found['verdict']}")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1, allow_nan=False))
-    return 1 if any(row["wrong"] for row in found["parity"]) else 0
+    return 1 if not found["parity"] or any(row["wrong"] for row in found["parity"]) else 0
 
 
 def _now(what: str) -> None:
@@ -120,7 +120,9 @@ def verdict(found: dict[str, Any]) -> str:
         first = wrong[0]
         what = f"{first['operator']} on {first['backend']} in {first['dtype']}: {first['wrong']}"
         return f"{len(wrong)} of {len(found['parity'])} checks FAILED, first {what}"
-    checked = ", ".join(dict.fromkeys(row["backend"] for row in found["parity"])) or "no backend"
+    if not found["parity"]:
+        return f"NOTHING was checked: {'; '.join(f'{name}: {why}' for name, why in found['not_checked'].items())}"
+    checked = ", ".join(dict.fromkeys(row["backend"] for row in found["parity"]))
     passed = f"all {len(found['parity'])} checks passed, of {checked}"
     if "end_to_end" not in found:
         return f"{passed}; {_WITHOUT_GPU}"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +15,7 @@ from ..ops._library import records
 from ..ops.batch_norm_act.calls import ApplyCall
 from ..ops.batch_norm_act.ranks import RanksCall
 from ..ops.batch_norm_act.training import BackwardCall, TrainingCall
+from . import process
 
 CASES = ("conv-1x1-join", "conv-3x3-join", "conv-3x3-s2", "conv-7x7-s2", "conv-3x3-g32", "conv-bias", "stem",
          "bn-relu", "bn-join", "bn-two-bn-join", "bn-pre-add", "bn-half")  # fmt: skip
@@ -99,12 +98,7 @@ def interpreted() -> tuple[list[Row], dict[str, str]]:
     Raises:
         RuntimeError: the process failed; the message is its last line.
     """
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", f"{__package__}.parity"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
-    found = json.loads(done.stdout)
+    found = json.loads(process.run("-m", f"{__package__}.parity", TRITON_INTERPRET="1"))
     return found["rows"], found["lacking"]
 
 

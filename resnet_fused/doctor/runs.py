@@ -1,9 +1,6 @@
 """Whole models: a cold start, and what `auto` gains over eager end to end."""
 
 import contextlib
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +11,7 @@ import torch.nn.functional as F
 from .. import models
 from ..bench.timing import time_rounds
 from ..dispatch import registry
+from . import process
 
 Row = dict[str, Any]
 _START = """
@@ -32,14 +30,14 @@ print(ready - began, time.perf_counter() - ready)
 def cold_start(device: torch.device, size: int) -> Row:
     """Seconds of the first ResNet-50 forward pass of a process, with empty caches and with full ones."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"RESNET_FUSED_HOME": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        caches = {"RESNET_FUSED_HOME": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
         found: Row = {}
         for name in ("cold", "warm"):
-            command = [sys.executable, "-c", _START.format(device=device, size=size)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                return {"wrong": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
-            setup, forward = map(float, done.stdout.split()[-2:])
+            try:
+                printed = process.run("-c", _START.format(device=device, size=size), **caches)
+            except RuntimeError as error:
+                return {"wrong": str(error)}
+            setup, forward = map(float, printed.split()[-2:])
             found |= {f"{name}_s": forward, f"{name}_setup_s": setup}
     return found
 

@@ -19,18 +19,20 @@ def _resnet(
     name: str,
     block: type[Block],
     layers: list[int],
-    weights: WeightsArg,
+    weights: WeightsArg | bool,
     progress: bool,
     kwargs: dict[str, Any],
     **fixed: Any,
 ) -> ResNet:
-    if weights is None and "pretrained" in kwargs:  # torchvision's builders still take it
-        weights = "IMAGENET1K_V1" if kwargs.pop("pretrained") else None
+    if weights is None and "pretrained" in kwargs:  # torchvision's builders still take it, in weights' place too
+        weights = bool(kwargs.pop("pretrained"))
+    if isinstance(weights, bool):
+        weights = "IMAGENET1K_V1" if weights else None
         warnings.warn(f"'pretrained' is deprecated; it stands for weights={weights!r}", UserWarning, stacklevel=3)
     return build(name, ResNet, block, layers, weights, progress, kwargs, **fixed)
 
 
-def resnet18(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnet18(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-18 of https://arxiv.org/abs/1512.03385.
 
     Args:
@@ -43,12 +45,12 @@ def resnet18(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, kwargs)
 
 
-def resnet34(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnet34(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-34 of https://arxiv.org/abs/1512.03385; arguments and shapes as `resnet18`."""
     return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], weights, progress, kwargs)
 
 
-def resnet50(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnet50(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50 (v1.5) of https://arxiv.org/abs/1512.03385; arguments and shapes as `resnet18`.
 
     `weights="MSRA"` is the paper's own model, converted from its Caffe release; it implies `stem="caffe"` and
@@ -57,41 +59,41 @@ def resnet50(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any
     return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs)
 
 
-def resnet101(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnet101(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101 (v1.5) of https://arxiv.org/abs/1512.03385; arguments and shapes as `resnet18`."""
     return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
 
 
-def resnet152(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnet152(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152 (v1.5) of https://arxiv.org/abs/1512.03385; arguments and shapes as `resnet18`."""
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, kwargs)
 
 
-def resnext50_32x4d(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnext50_32x4d(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-50 32x4d of https://arxiv.org/abs/1611.05431; arguments and shapes as `resnet18`."""
     return _resnet("resnext50_32x4d", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs, groups=32, width_per_group=4)
 
 
-def resnext101_32x8d(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnext101_32x8d(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101 32x8d of https://arxiv.org/abs/1611.05431; arguments and shapes as `resnet18`."""
     return _resnet(
         "resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, groups=32, width_per_group=8
     )
 
 
-def resnext101_64x4d(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def resnext101_64x4d(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101 64x4d of https://arxiv.org/abs/1611.05431; arguments and shapes as `resnet18`."""
     return _resnet(
         "resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, groups=64, width_per_group=4
     )
 
 
-def wide_resnet50_2(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def wide_resnet50_2(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Wide ResNet-50-2 of https://arxiv.org/abs/1605.07146; arguments and shapes as `resnet18`."""
     return _resnet("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs, width_per_group=128)
 
 
-def wide_resnet101_2(*, weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
+def wide_resnet101_2(weights: WeightsArg = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Wide ResNet-101-2 of https://arxiv.org/abs/1605.07146; arguments and shapes as `resnet18`."""
     return _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs, width_per_group=128)
 

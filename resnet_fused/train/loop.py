@@ -122,6 +122,8 @@ class _Run:
         """The checkpoint that the run goes on from."""
         path = self.out / checkpoint.NAME
         if not path.exists():
+            if resume and self.world.rank == 0:
+                print(f"{self.out} holds no run yet: a new one begins", file=sys.stderr)
             return None
         if not resume:
             raise FileExistsError(f"{self.out} holds a run already; --resume continues it, --out names another folder")
@@ -130,6 +132,9 @@ class _Run:
     def _iterate_all(self, came: Signals) -> None:
         settings = self.settings
         log = Log(self.out, self.step, self.evaluated) if self.world.rank == 0 else None
+        if self.world.rank == 0:
+            what = f"{settings.model} on {settings.data}, {self.device}"
+            print(f"{what}: iterations {self.step + 1} to {settings.iterations}", file=sys.stderr)
         quiet = None if self.world.rank == 0 else True  # None: where there is no terminal
         bar = tqdm(total=settings.iterations, initial=self.step, desc=settings.model, unit="it", disable=quiet)
         with bar, contextlib.closing(log) if log else contextlib.nullcontext():
@@ -290,8 +295,6 @@ class _Run:
 
     def _last_good(self) -> str:
         path = self.out / checkpoint.NAME
-        return (
-            f"the last good checkpoint is {path} (iteration {checkpoint.read(path)['step']})"
-            if path.exists()
-            else "there is no checkpoint yet"
-        )
+        if not path.exists():
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {path} (iteration {checkpoint.read(path)['step']})"
