@@ -32,6 +32,6 @@ aot:  ## compile every kernel's configurations for GPUs that need not be there
 gpu:  ## measure on a GPU: PART=1, the first to run, to 7; each under 9 minutes; results into benchmarks/results or $$OUT
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
-virtual-gpu:  ## the tests that need a GPU, on one made of the CPU; hours
+virtual-gpu:  ## the tests that need a GPU, on one made of the CPU; two hours on two cores
 	$(PYTHON) -m pytest --virtual-gpu=80
 	$(PYTHON) -m pytest --virtual-gpu=90

@@ -1,4 +1,8 @@
-"""What ran in every layer of a model, and why not something faster."""
+"""What ran in every layer of a model, and why not something faster.
+
+The reasons are told where they are found: what a backend can't serve in its `<op>.py` (`unsupported`, `split`), what is
+wrong or slower on this device in `dispatch/serve.py` (`decide`), which modules are left alone in `layers/steps.py`.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
