@@ -159,6 +159,8 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     settings, out = _settings(args)
     how = {key: getattr(args, key) for key in ("resume", "backend", "compile", "recompute", "workers")}
     first = os.environ.get("RANK", "0") == "0"
+    if first and args.resume and not (out / checkpoint.NAME).exists():
+        print(f"{out} holds no run yet: a new one begins", file=sys.stderr)
     try:
         result = train(settings, out, device=device, **how)
     except Interrupted as stop:

@@ -122,8 +122,6 @@ class _Run:
         """The checkpoint that the run goes on from."""
         path = self.out / checkpoint.NAME
         if not path.exists():
-            if resume and self.world.rank == 0:
-                print(f"{self.out} holds no run yet: a new one begins", file=sys.stderr)
             return None
         if not resume:
             raise FileExistsError(f"{self.out} holds a run already; --resume continues it, --out names another folder")
