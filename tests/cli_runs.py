@@ -16,7 +16,7 @@ def fails_fixture(capsys):
 
     def run(*argv):
         try:
-            status = main(argv)
+            status = main([str(argument) for argument in argv])
         except SystemExit as exit:
             status = exit.code
         out, err = capsys.readouterr()

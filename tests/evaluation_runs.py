@@ -1,10 +1,9 @@
-"""Untrained networks of `resnet-fused train`, and runs of the commands that look at them."""
+"""Untrained networks of `resnet-fused train`, for the commands that look at them."""
 
 import pytest
 import torch
 
 from resnet_fused import models
-from resnet_fused.cli import main
 from resnet_fused.train import checkpoint
 
 CLASSES = tuple(f"pattern {i}" for i in range(10))
@@ -38,18 +37,3 @@ def saved_fixture(tmp_path):
         return checkpoint.save(folder, content)
 
     return saved
-
-
-@pytest.fixture(name="fails")
-def fails_fixture(capsys):
-    def run(*argv):
-        try:
-            status = main([str(arg) for arg in argv])
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        line = err.splitlines()[-1]
-        assert status == 2 and out == "" and "Traceback" not in err and "error: " in line
-        return line
-
-    return run

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_runs import output_fixture  # noqa: F401
-from evaluation_runs import CLASSES, NARROW, SMALL, fails_fixture, saved_fixture  # noqa: F401
+from cli_runs import fails_fixture, output_fixture  # noqa: F401
+from evaluation_runs import CLASSES, NARROW, SMALL, saved_fixture  # noqa: F401
 from PIL import Image
 from torch import nn
 

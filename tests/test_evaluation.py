@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from cli_runs import output_fixture  # noqa: F401
-from evaluation_runs import CLASSES, NARROW, SMALL, fails_fixture, saved_fixture  # noqa: F401
+from cli_runs import fails_fixture, output_fixture  # noqa: F401
+from evaluation_runs import CLASSES, NARROW, SMALL, saved_fixture  # noqa: F401
 from PIL import Image
 from skimage import data as photographs
 from timm.data import ImageNetInfo
