@@ -248,6 +248,9 @@ def test_pretrained_is_taken_as_torchvision_takes_it(monkeypatch):
 def test_what_is_no_tensor_is_named(name):
     with pytest.raises(TypeError, match=r"x must be a tensor \[N, C, H, W\], got ndarray"):
         get_model(name)(torch.zeros(1, 3, 32, 32).numpy())
+    if name == "resnet18":
+        with pytest.raises(TypeError, match=r"x must be a tensor \[N, C, H, W\], got ndarray"):
+            get_model(name, features_only=True)(torch.zeros(1, 3, 32, 32).numpy())
 
 
 class TestTorchvisionsRegistry:

@@ -25,9 +25,12 @@ def as_floating(x: Tensor, conv: nn.Module | None, normalization: Normalization 
     """Images of bytes normalised, in the convolution's dtype; others as they are.
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: they are bytes, and nobody said how they are normalised, or not of as many channels.
     """
-    if not isinstance(x, Tensor) or x.dtype != torch.uint8:  # torch.fx's proxies too
+    if not isinstance(x, (Tensor, Proxy)):
+        raise TypeError(f"x must be a tensor [N, C, H, W], got {type(x).__name__}")
+    if isinstance(x, Proxy) or x.dtype != torch.uint8:
         return x
     channels = len(_given(normalization).mean)
     if x.dim() != 4 or x.shape[1] != channels:  # it would broadcast

@@ -5,7 +5,6 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..dispatch.registry import BackendUnavailable
 from ..layers import PadShortcut, Recompute, Step, as_floating, counters, run, run_stem
@@ -191,8 +190,6 @@ class ResNet(Backbone):
         return nn.Sequential(conv1x1(in_planes, out_planes, stride), self._norm_layer(out_planes))
 
     def _stem(self, x: Tensor) -> Tensor:
-        if not isinstance(x, (Tensor, Proxy)):
-            raise TypeError(f"x must be a tensor [N, C, H, W], got {type(x).__name__}")
         step, normalization = Step(self.conv1, self.bn1, self.relu), self.input_normalization
         if self.recompute is None or not torch.is_grad_enabled():
             return run_stem(x, step, self.maxpool, normalization)
